@@ -23,7 +23,9 @@ from gemopt.formats.json_rows import parsed
 from gemopt.traces.arrays import NOT_IDS
 
 LINE_LIMIT = 256 << 20
-_HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
+_HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data", "message")
+PROMPTS = ("prompt_token_ids", "prompt_ids")
+PROMPT_SIZES = ("prompt_tokens", "num_prompt_tokens")  # prompt_length may be that of a text
 _WRAPPERS = ("response", "body", "result", "data")
 _PROMPT = "prompt_routed_experts"
 COUNTS = 'counts in JSON: --from array; {"logical_count": [...]} with a row for every decoder layer: sglang'
@@ -243,9 +245,10 @@ def _response(where: str, body: dict[str, Any]) -> Response:
         known = dict(usage or {})
         if len(choices) > 1:  # a sum over the choices: it says nothing of one of them
             known.pop("completion_tokens", None)
-        prompt = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
-        if isinstance(prompt, list):
-            known["prompt_tokens"] = len(prompt)
+        lengths = [len(each[n]) for each in (choice, body) for n in PROMPTS if isinstance(each.get(n), list)]
+        sizes = [each[n] for each in (choice, body) for n in PROMPT_SIZES if each.get(n) is not None]
+        if lengths or (sizes and known.get("prompt_tokens") is None):
+            known["prompt_tokens"] = (lengths or sizes)[0]
         known.setdefault("cached_tokens", body.get("num_cached_tokens"))  # vLLM's RequestOutput
         sample = _sample(where, choice if whole is None else body, {**choice, **known})
         before = choice.get(_PROMPT, body.get(_PROMPT))

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import responses, token_passes, token_sequences
+from gemopt.formats import response_bodies, responses, token_passes, token_sequences
 from gemopt.formats.count_names import HEEDED, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import MANY_ALIKE
-from gemopt.formats.response_bodies import Response, Sample
+from gemopt.formats.response_bodies import PROMPTS, Response, Sample
 from gemopt.formats.token_array_beside import check_told, refuse_apart, refuse_no_weight, refuse_others
 from gemopt.formats.token_beside import COMPUTED, WEIGHTED
 from gemopt.formats.token_cells import NAMES
@@ -33,8 +33,7 @@ from gemopt.traces.axes import MOST_LAYERS
 
 COUNTED = {"mask", "valid", "accepted"}  # words of arrays that tell tokens from padding, where they are true
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
-PROMPTS = ("prompt_token_ids", "prompt_ids")
-PROMPT_SIZES = ("prompt_len", "prompt_length", "num_prompt_tokens", "prompt_tokens")
+PROMPT_SIZES = (*response_bodies.PROMPT_SIZES, "prompt_len", "prompt_length")
 NOT_COUNTED = {"pad", "padding", "padded", "dropped", "overflow", "rejected", "draft", "dummy"}  # where true
 _ONE = re.compile(  # layer and step
     r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",

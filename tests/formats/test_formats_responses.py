@@ -70,6 +70,8 @@ def test_several_prompts_in_one_request(load):
         {"prompt_token_ids": [0] * PROMPT},
         {"choices": {"token_ids": [0] * ANSWER}},
         {"choices": {"prompt_token_ids": [0] * PROMPT}},
+        {"prompt_ids": [0] * PROMPT, "num_prompt_tokens": None},
+        {"num_prompt_tokens": PROMPT},
     ],
 )
 def test_any_of_the_counts_tells_the_prompt_from_the_answer(load, known):

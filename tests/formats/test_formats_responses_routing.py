@@ -206,3 +206,10 @@ def test_lines_that_are_too_long_are_named_once(tmp_path, monkeypatch, suffix):
     path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
     with pytest.raises(InputError, match=rf"a\{suffix}: line 1: got 64 bytes; lines below 64 bytes$"):
         import_traces([path], source="vllm", destination=tmp_path / "t.safetensors", options=TraceOptions())
+
+
+def test_routing_within_the_message_of_a_choice(load) -> None:
+    ids = routing()
+    whole = body(ids)
+    whole["choices"][0] = {"message": {"content": "", "routed_experts": whole["choices"][0].pop("routed_experts")}}
+    assert (load([whole])[0].counts == counts(ids[PROMPT:])).all()
