@@ -236,13 +236,14 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     columns = meanings(path, header)
     table.has_steps, table.counted, table.layer = "step" in columns, *(header[columns[m]] for m in ("count", "layer"))
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
-    if named and "rank" in columns:
-        raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
     for number, row in lines:
         if any(row):
             _add(table, number, row, header, columns, others, int(named[1]) if named else 0)
     if not table.ranks:
         raise InputError(str(path), "no line with counts", "at least one line")
+    if named and {*table.ranks} != {int(named[1])}:
+        found = f"{named[1]} in the name and {', '.join(map(str, sorted(table.ranks)[:4]))} in a column"
+        raise InputError(f"{path}: rank", found, "one of the two, or the same rank in both")
     return table
 
 

@@ -241,3 +241,16 @@ def test_a_column_forward_beside_steps_does_not_number_them(load, tmp_path, cell
     rows = [{"step": t, "forward": cell, "counts": COUNTS[t].tolist()} for t, cell in enumerate(cells)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert (load(tmp_path / "a.jsonl", "array")[0].counts == COUNTS).all()
+
+
+def test_a_rank_in_the_name_and_in_a_column(load, folder):
+    def tables(rank_of):
+        for rank in range(2):
+            cells = [[t, rank_of(rank), i, e, COUNTS[t, i, e]] for t in range(3) for i in range(2) for e in range(8)]
+            lines = [["step", "rank", "layer", "expert", "count"], *(row for row in cells if row[3] // 4 == rank)]
+            (folder / f"load_rank{rank}.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+        return load(folder, "csv")[0].counts
+
+    assert (tables(lambda rank: rank) == COUNTS).all()
+    with pytest.raises(InputError, match="rank: got 1 in the name and 0 in a column; one of the two"):
+        tables(lambda rank: 0)
