@@ -35,7 +35,11 @@ def test_times_of_gpus_are_a_fleet(tmp_path: Path) -> None:
     fleet = read_fleet(written(tmp_path, text.replace(".", ",")))
     assert fleet.gpus == ["a/0", "a/1", "b/0", "b/1", "c/0"]
     assert fleet.rel_time == pytest.approx(np.array([22.0, 20.0, 25.0, 21.5, 22.5]) / 22.0)
-    for header, rows_of in (("size,time_ms", "1,5\n2,6\n"), ("gpu,fp8_ms,bf16_ms", "0,5,6\n1,6,7\n")):
+    for header, rows_of in (
+        ("size,time_ms", "1,5\n2,6\n"),
+        ("gpu,fp8_ms,bf16_ms", "0,5,6\n1,6,7\n"),
+        ("gpu,median_ms,total_ms", "0,5,500\n1,6,450\n"),  # of many runs
+    ):
         with pytest.raises(InputError, match="a column rel_time, or one of times and the GPUs they are of, is needed"):
             read_fleet(written(tmp_path, f"{header}\n{rows_of}"))
 

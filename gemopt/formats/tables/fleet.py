@@ -30,6 +30,7 @@ from gemopt.formats.tables.devices import refuse_summaries
 from gemopt.formats.tables.doubts import APART, apart
 from gemopt.formats.tables.files import Table, number
 from gemopt.formats.tables.notations import read
+from gemopt.formats.tables.times import fits
 from gemopt.latency import FloatArray
 from gemopt.profile import WHAT_IF, Device, Profile
 from gemopt.words import counted
@@ -97,8 +98,10 @@ def _of_time(table: Table) -> str | None:
         for name in table.header
         if (unit_of(name) or words(name) & TIMES) and not words(name) & MOMENTS and is_numeric(table.rows, name)
     ]
-    best = [name for name in timed if not words(name) & STATISTICS] or [e for e in timed if words(e) & MIDDLE]
-    return best[0] if len(best) == 1 else None
+    middle = [name for name in timed if words(name) & MIDDLE]
+    best = [name for name in timed if not words(name) & STATISTICS] or middle
+    own = best == middle or not middle or any(fits(table, best[0], each) for each in middle)
+    return best[0] if len(best) == 1 and own else None
 
 
 def _refuse_speeds(table: Table, column: str, rel_time: FloatArray) -> None:

@@ -152,12 +152,12 @@ def _candidates(table: Table) -> tuple[list[str], list[str]]:
         single = [name for name in single if name not in set_to | totals]
     best = single or middle or mean
     others = middle or mean or [name for name in timed if words(name) & (LOWEST | HIGHEST)]
-    if best is single and not (any if middle or mean else all)(_fits(table, single[0], each) for each in others):
+    if best is single and not (any if middle or mean else all)(fits(table, single[0], each) for each in others):
         best = others + single
     return timed, best
 
 
-def _fits(table: Table, time: str, statistic: str) -> bool:
+def fits(table: Table, time: str, statistic: str) -> bool:
     """Whether a statistic may be one of a time, by what is usual of all rows: near it, or not beyond it."""
     if not all(is_numeric(table.rows, name) for name in (time, statistic)):
         return False
