@@ -4,7 +4,7 @@
 
 DATA_FOLDER holds public measurements (sources in the table's notes): `stair_phi_mini_moe_A6000.csv`,
 `stair_dense_mlp_*.csv`, `moe_block_rtxpro6000_qwen3_30b.csv`. Every answer of a device is the median of 5 timings with
-1 % of noise (normal, 3 seeds); points are joined as `gemopt.costs.Staircase` joins them.
+1 % of noise (normal, 3 seeds); points are joined as `gemopt.costs.staircase` joins them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from machine import stamp
 
-from gemopt.costs import Roofline, Staircase
+from gemopt.costs import roofline, staircase
 from gemopt.profiling.replay import ReplayDevice
 from gemopt.profiling.sampling import sample_curve, sample_surface
 
@@ -64,7 +64,7 @@ def dense(table: Table, *, high: int = 4096) -> Table:
 
 def errors(answers: Table, truth: Table, scored: list[int]) -> tuple[float, float]:
     points = np.array([(load, np.nan, time_us, np.nan) for load, time_us in sorted(answers.items())])
-    latency = Staircase.fit_device(points)
+    latency = staircase(points)
     miss = np.abs(latency([np.array(scored)]) / np.array([truth[load] for load in scored]) - 1)
     median, p95 = np.percentile(miss, [50, 95])
     return 100 * float(median), 100 * float(p95)
@@ -101,7 +101,7 @@ def surface_rows(path: Path, *, top_k: int = 8, budget: int = 20) -> list[str]:
             points = np.array([(*load, time_us, np.nan) for load, time_us in device.answers.items()])
             rest = np.array([load for load in truth if load not in device.answers], dtype=float)
             expected = np.array([truth[int(n), int(a)] for n, a in rest])
-            fitted = Roofline.fit_device(points, planes=3)([rest[:, 0], rest[:, 1]])
+            fitted = roofline(points, planes=3)([rest[:, 0], rest[:, 1]])
             joined = interpolated(points, rest)
             misses.append([np.percentile(np.abs(guess / expected - 1), [50, 90]) * 100 for guess in (fitted, joined)])
         cells = " | ".join(f"{value:.1f}" for value in np.mean(misses, axis=0).ravel())

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from ranks_common import batch, checkpoint, load, random_placement, relative, scenario, slots_of
 from transformers import AutoModelForCausalLM
 
-from gemopt.costs import Staircase
+from gemopt.costs import CostModel
 from gemopt.exceptions import InputError
 from gemopt.executor import Executor
-from gemopt.latency import Latency, line
+from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.online import Controller
 from gemopt.placement import Placement
 
@@ -98,7 +98,8 @@ def follow_refused(rank, world, family):
     """What every rank is told where one cannot go on."""
     executor = Executor(load(family, world, "shared"), timeout_s=30)
     rows = executor.placement.physical_to_logical
-    costs = Staircase(tuple(Latency(((line(1.0, 1.0),),)) for _ in range(world)), np.full((world, 1, 2), np.nan))
+    latencies = (Latency(((line(1.0, 1.0),),)),) * world
+    costs = CostModel("alike", (ASSIGNMENTS,), latencies, np.full((world, 1, 2), np.nan))
     layers = Placement.contiguous(len(rows) + 1, executor.layers[0].num_experts, world)
     told = []
     asked = [(None, 4), (Controller(costs, layers), 4), (Scripted([]), 4 + rank), (Scripted([]), 0), (Scripted([]), 4)]

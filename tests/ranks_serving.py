@@ -11,9 +11,9 @@ from ranks_common import SCRATCH, batch, checkpoint, load, random_placement, rel
 from transformers import AutoModelForCausalLM
 
 from gemopt import InputError
-from gemopt.costs import Staircase
+from gemopt.costs import CostModel
 from gemopt.executor import Executor
-from gemopt.latency import Curve, Latency
+from gemopt.latency import ASSIGNMENTS, Curve, Latency
 from gemopt.models import find_moe_layers
 
 
@@ -87,10 +87,10 @@ def traced(rank, world, family, kind):
     return {"counts": counts, "layers": [[x.num_experts, x.num_local_experts, x.expert_bytes] for x in layers]}
 
 
-def sloped(world: int) -> Staircase:
+def sloped(world: int) -> CostModel:
     """Ranks of different speeds."""
     latencies = [Latency(((Curve(np.zeros(1), np.array([10.0]), 1.0 + 0.3 * rank),),)) for rank in range(world)]
-    return Staircase(tuple(latencies), np.full((world, 1, 2), np.nan))
+    return CostModel("staircase", (ASSIGNMENTS,), tuple(latencies), np.full((world, 1, 2), np.nan))
 
 
 @scenario

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 from brute import optimum
 from cost_profiles import PLANTED, profile, surface
 
 from gemopt.bounds import lower_bound
-from gemopt.costs import CANDIDATES, Candidate, Roofline, Staircase, fit
+from gemopt.costs import CANDIDATES, Candidate, CostModel, fit, roofline, staircase
 from gemopt.evaluate import objective
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, FloatArray, Latency, line, tiles
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, Latency, line, tiles
 from gemopt.problem import Problem
 from gemopt.solvers import get, names
 from gemopt.solvers.base import Options
@@ -138,32 +136,13 @@ def test_the_measured_range_is_reported() -> None:
 # --- a cost model and features nobody has heard of -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Additive:
+def additive(second: Feature, ranks: int) -> CostModel:
     """A staircase in assignments plus a line in active experts, or in tiles."""
-
-    latencies: tuple[Latency, ...]
-    measured: FloatArray
-    features: tuple[Feature, ...] = (ASSIGNMENTS, ACTIVE)
-    name: str = "additive"
-
-
-def additive(second: Feature, ranks: int) -> Additive:
     steps = [
         Curve(np.array([0, 3, 4, 9, 10.0]), np.array([2, 2, 8, 6, 12.0]) * (1 + 0.1 * g), 1.3) for g in range(ranks)
     ]
     latencies = tuple(Latency(((step, line(0.0, 1.5 + g)),)) for g, step in enumerate(steps))
-    return Additive(latencies, np.full((ranks, 2, 2), np.nan), (ASSIGNMENTS, second))
-
-
-@dataclass
-class TilesOnly:
-    """Fits a line in tiles of 4; knows nothing of the other models."""
-
-    latencies: tuple[Latency, ...]
-    measured: FloatArray
-    features: tuple[Feature, ...] = field(default=(tiles(4),))
-    name: str = "tiles"
+    return CostModel("additive", (ASSIGNMENTS, second), latencies, np.full((ranks, 2, 2), np.nan))
 
 
 @pytest.mark.parametrize("second", [ACTIVE, tiles(4)], ids=lambda feature: feature.name)
@@ -199,7 +178,6 @@ def test_a_new_candidate_is_chosen_where_it_fits_best() -> None:
         "tiles",
         (tiles(4),),
         lambda table: Latency(((line(0.0, float(np.median(table[:, 2] / -(-table[:, 0] // 4)))),),)),
-        TilesOnly,
     )
     cost, report = fit(profile(rows), model="tiles", candidates=(*CANDIDATES, tiled))
     assert report.chosen == "tiles" and cost.features[0].name == "tiles@4"
@@ -208,5 +186,5 @@ def test_a_new_candidate_is_chosen_where_it_fits_best() -> None:
 
 def test_models_are_the_exported_ones() -> None:
     assert [c.name for c in CANDIDATES] == ["staircase", *(f"roofline-{planes}" for planes in (1, 2, 3, 4))]
-    assert Staircase.fit_device(np.array([[1, 1, 5.0, 0]])).num_features == 1
-    assert Roofline.fit_device(np.array([[0, 0, 5.0, 0]])).num_features == 2  # nothing but idle was measured
+    assert staircase(np.array([[1, 1, 5.0, 0]])).num_features == 1
+    assert roofline(np.array([[0, 0, 5.0, 0]])).num_features == 2  # nothing but idle was measured

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemopt.costs import Roofline, Staircase, fit
+from gemopt.costs import fit
 from gemopt.evaluate import check, evaluate, objective, rank_times
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
@@ -293,8 +293,3 @@ def test_relabelling_equal_ranks_changes_nothing() -> None:
         assert objective(problem, rng.permuted(row.reshape(4, 2), axis=1)[rng.permutation(4)].ravel()) == (
             pytest.approx(objective(problem, row), rel=1e-12)
         )
-
-
-def test_both_models_have_the_features_they_name() -> None:
-    assert [f.name for f in Staircase((), np.zeros(0)).features] == ["assignments"]
-    assert [f.name for f in Roofline((), np.zeros(0)).features] == ["assignments", "active"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemopt.costs import Staircase
+from gemopt.costs import CostModel
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
-from gemopt.latency import Latency, line
+from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.migration import count_moves
 from gemopt.online.controller import Controller
 from gemopt.online.policy import Policy
@@ -22,9 +22,9 @@ from gemopt.traces import Traces
 LAYERS, EXPERTS, RANKS = 3, 16, 4
 
 
-def cost(slow: float = 1.0, rank: int = 1) -> Staircase:
+def cost(slow: float = 1.0, rank: int = 1) -> CostModel:
     latencies = [Latency(((line(30.0 * s, 1.0 * s),),)) for s in np.where(np.arange(RANKS) == rank, slow, 1.0)]
-    return Staircase(tuple(latencies), np.full((RANKS, 1, 2), np.nan))
+    return CostModel("staircase", (ASSIGNMENTS,), tuple(latencies), np.full((RANKS, 1, 2), np.nan))
 
 
 def traffic(regime: int, steps: int, seed: int = 0) -> np.ndarray[Any, Any]:

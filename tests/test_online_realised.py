@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_online_controller import EXPERTS, LAYERS, RANKS, controller, cost, times, traffic
 
-from gemopt.costs import Staircase
-from gemopt.latency import Latency, line
+from gemopt.costs import CostModel
+from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.online.controller import Controller
 from gemopt.online.policy import Policy
 from gemopt.placement import Placement
@@ -31,9 +31,10 @@ def noisy(placement: Placement, counts: np.ndarray[Any, Any]) -> np.ndarray[Any,
     return times(placement, counts, 1.2) * np.exp(0.03 * noise)
 
 
-def gentle() -> Staircase:
+def gentle() -> CostModel:
     """Costs of another device: latencies hardly depend on the load, so that speeds take the blame for what it does."""
-    return Staircase((Latency(((line(600.0, 0.2),),)),) * RANKS, np.full((RANKS, 1, 2), np.nan))
+    latencies = (Latency(((line(600.0, 0.2),),)),) * RANKS
+    return CostModel("gentle", (ASSIGNMENTS,), latencies, np.full((RANKS, 1, 2), np.nan))
 
 
 def test_right_costs_keep_what_they_promise() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemopt.costs import Staircase
+from gemopt import costs
 from gemopt.exceptions import InputError
 from gemopt.profiling.replay import ReplayDevice
 from gemopt.profiling.sampling import Reading, sample_curve, sample_surface
@@ -26,7 +26,7 @@ def errors(answers: dict[int, float], truth: dict[int, float]) -> np.ndarray:
     """Relative error at every load of the cost model that users get."""
     table = np.array([(load, np.nan, latency, np.nan) for load, latency in sorted(answers.items())])
     loads = np.array(sorted(truth))
-    return np.abs(Staircase.fit_device(table)([loads]) / np.array([truth[load] for load in loads]) - 1)
+    return np.abs(costs.staircase(table)([loads]) / np.array([truth[load] for load in loads]) - 1)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
@@ -184,8 +182,8 @@ def test_contents_are_all_sets_of_experts_and_copies() -> None:
 
 
 def case_of(problem: Problem) -> Case:
-    cost = SimpleNamespace(features=problem.features, latencies=problem.latencies)
-    return Case(problem.counts_TE.astype(np.int64), cast(CostModel, cost), problem.slots_per_rank)
+    cost = CostModel("", problem.features, problem.latencies, np.zeros(0))
+    return Case(problem.counts_TE.astype(np.int64), cost, problem.slots_per_rank)
 
 
 def certified(problem: Problem, mu_ET: np.ndarray, price_E: np.ndarray) -> float:

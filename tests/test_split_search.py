@@ -13,7 +13,7 @@ from timed import timed
 
 import gemopt
 from gemopt.bounds import lower_bound
-from gemopt.costs import Staircase
+from gemopt.costs import CostModel
 from gemopt.evaluate import evaluate, objective
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.registry import get as engine
@@ -288,7 +288,7 @@ def test_an_engine_says_how_copies_share() -> None:
 def test_a_falling_staircase_is_split_by_the_one_above() -> None:
     curve = Curve(np.array([0.0, 10, 11, 20]), np.array([5.0, 30, 20, 40]), 2.0)
     assert curve.high(np.array([10.0, 11, 15, 20])).tolist() == pytest.approx([30, 30, 30, 40])
-    cost = Staircase((Latency(((curve,),)),) * 2, np.full((2, 1, 2), np.nan))
+    cost = CostModel("staircase", (ASSIGNMENTS,), (Latency(((curve,),)),) * 2, np.full((2, 1, 2), np.nan))
     placement = Placement(physical_to_logical=[[0, 0]], slots_per_rank=[1, 1], num_experts=1, split="optimal")
     found = evaluate(placement, None, Traces(counts=np.array([[[20]]])), cost=cost)
     assert found.objective_us == pytest.approx(30.0)

@@ -1,7 +1,6 @@
 """Cost models: from measured samples to the latency of a rank under any load.
 
-A cost model names its additive features and gives one `Latency` per rank. `fit` chooses among the registered
-models by their cross-validated error on the profile's own points.
+`fit` chooses among the registered models by their cross-validated error on the profile's own points.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -27,74 +27,57 @@ ENOUGH = 512  # points of a roofline: a handful of planes needs no more
 TIE = 0.03  # of two models whose errors are this close, the simpler one is taken
 
 
-class CostModel(Protocol):
-    """What the rest of gemopt asks of a cost model."""
-
-    @property
-    def name(self) -> str:
-        """Short name, as in reports and `--cost`."""
-
-    @property
-    def features(self) -> tuple[Feature, ...]:
-        """Additive per-expert features, in the order of the curves of every term."""
-
-    @property
-    def latencies(self) -> tuple[Latency, ...]:
-        """Latency of each rank."""
-
-    @property
-    def measured(self) -> FloatArray:
-        """[G, F, 2] smallest and largest measured load of each rank and feature; NaN where unknown."""
-
-
 @dataclass(frozen=True, eq=False)
-class Staircase:
-    """Piecewise linear through the measured points of one feature; may be non-convex and non-monotone."""
+class CostModel:
+    """What ranks take under any load.
 
-    latencies: tuple[Latency, ...]
-    measured: FloatArray
-    features: tuple[Feature, ...] = (ASSIGNMENTS,)
-    name: str = "staircase"
-
-    @staticmethod
-    def fit_device(table: FloatArray) -> Latency:
-        """Latency through the points of one device; `table` [samples, 4] as `Device.table` gives it."""
-        loads, medians = np.unique(table[:, 0]), middles(table)
-        if loads[0] > 0:  # an idle rank costs its smallest measured load
-            loads, medians = np.append(0.0, loads), np.append(medians[0], medians)
-        return Latency(((Curve(loads, medians, _secant(loads, medians)),),))
-
-
-@dataclass(frozen=True, eq=False)
-class Roofline:
-    """Maximum of planes `a + b N + c A` over assignments and activated experts, b and c >= 0, per device.
-
-    Max-affine regression on relative errors (Magnani and Boyd, Convex piecewise-linear fitting, Optimization and
-    Engineering 10, 2009). Idle ranks cost the measured zero load, else the smallest measured load,
-    but not more than the planes give for one assignment.
+    Attributes
+    ----------
+    name
+        Short name, as in reports and `--cost`.
+    features
+        Additive per-expert features, in the order of the curves of every term.
+    latencies
+        Of each rank.
+    measured
+        [G, F, 2] smallest and largest measured load of each rank and feature; NaN where unknown.
     """
 
+    name: str
+    features: tuple[Feature, ...]
     latencies: tuple[Latency, ...]
     measured: FloatArray
-    features: tuple[Feature, ...] = (ASSIGNMENTS, ACTIVE)
-    name: str = "roofline"
 
-    @staticmethod
-    def fit_device(table: FloatArray, *, planes: int = 3) -> Latency:
-        """Latency of one device; `table` [samples, 4] with known active experts (or NaN: a roofline in load only)."""
-        idle = table[table[:, 0] == 0]
-        busy = table[table[:, 0] > 0]
-        if not len(busy):
-            return Latency(((line(float(np.median(idle[:, 2])), 0.0), line(0.0, 0.0)),))
-        loads = np.nan_to_num(busy[:, :2], nan=0.0)
-        some = spread_evenly(len(busy), ENOUGH)
-        fitted_K3 = max_affine(loads[some], busy[some, 2], planes)
-        if len(idle):
-            return _with_idle(fitted_K3, float(np.median(idle[:, 2])))
-        smallest = busy[np.lexsort((np.nan_to_num(busy[:, 1]), busy[:, 0]))[0], 2]
-        one = fitted_K3 @ [1.0, 1.0, float(np.isfinite(busy[0, 1]))]  # never dearer idle than with one assignment
-        floor = np.array([[min(smallest, one.max()), 0.0, 0.0]])
-        return _planes(np.concatenate([floor, fitted_K3]))
+
+def staircase(table: FloatArray) -> Latency:
+    """Piecewise linear through the measured loads of a device, which may fall; `table` [samples, 4]: `Device.table`."""
+    loads, medians = np.unique(table[:, 0]), middles(table)
+    if loads[0] > 0:  # an idle rank costs its smallest measured load
+        loads, medians = np.append(0.0, loads), np.append(medians[0], medians)
+    return Latency(((Curve(loads, medians, _secant(loads, medians)),),))
+
+
+def roofline(table: FloatArray, *, planes: int = 3) -> Latency:
+    """Maximum of planes `a + b N + c A` over assignments and activated experts of a device, b and c >= 0.
+
+    Max-affine regression on relative errors (Magnani and Boyd, Convex piecewise-linear fitting, Optimization and
+    Engineering 10, 2009). Idle ranks cost the measured zero load, else the smallest measured load, but not more than
+    the planes give for one assignment. `table`: as of `staircase`; unknown active experts (NaN) make a roofline in load
+    only.
+    """
+    idle = table[table[:, 0] == 0]
+    busy = table[table[:, 0] > 0]
+    if not len(busy):
+        return Latency(((line(float(np.median(idle[:, 2])), 0.0), line(0.0, 0.0)),))
+    loads = np.nan_to_num(busy[:, :2], nan=0.0)
+    some = spread_evenly(len(busy), ENOUGH)
+    fitted_K3 = max_affine(loads[some], busy[some, 2], planes)
+    if len(idle):
+        return _with_idle(fitted_K3, float(np.median(idle[:, 2])))
+    smallest = busy[np.lexsort((np.nan_to_num(busy[:, 1]), busy[:, 0]))[0], 2]
+    one = fitted_K3 @ [1.0, 1.0, float(np.isfinite(busy[0, 1]))]  # never dearer idle than with one assignment
+    floor = np.array([[min(smallest, one.max()), 0.0, 0.0]])
+    return _planes(np.concatenate([floor, fitted_K3]))
 
 
 def _planes(rows_K3: FloatArray) -> Latency:
@@ -119,20 +102,10 @@ def _secant(loads: FloatArray, values: FloatArray) -> float:
     return max(0.0, float((values[-1] - values[below]) / (loads[-1] - loads[below])))
 
 
-@dataclass(frozen=True, eq=False)
-class Scaled:
-    """A cost model whose ranks have other speeds than when they were measured; see `scaled`."""
-
-    name: str
-    features: tuple[Feature, ...]
-    latencies: tuple[Latency, ...]
-    measured: FloatArray
-
-
 def scaled(cost: CostModel, factors_G: FloatArray) -> CostModel:
     """The cost model with the latencies of each rank times its factor; loads and their measured ranges stay."""
     latencies = tuple(latency.times(float(f)) for latency, f in zip(cost.latencies, factors_G, strict=True))
-    return Scaled(cost.name, cost.features, latencies, cost.measured)
+    return CostModel(cost.name, cost.features, latencies, cost.measured)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +118,6 @@ class Candidate:
     name: str
     features: tuple[Feature, ...]
     fit_device: Callable[[FloatArray], Latency]
-    build: Callable[[tuple[Latency, ...], FloatArray], CostModel]
     usable: Callable[[FloatArray], bool] = field(default=lambda table: True)
     least: int = 1
 
@@ -154,15 +126,14 @@ def _roofline(planes: int) -> Candidate:
     return Candidate(
         name=f"roofline-{planes}",
         features=(ASSIGNMENTS, ACTIVE),
-        fit_device=lambda table: Roofline.fit_device(table, planes=planes),
-        build=lambda latencies, measured: Roofline(latencies, measured, name=f"roofline-{planes}"),
+        fit_device=partial(roofline, planes=planes),
         usable=lambda table: len(table) >= 3 * planes,
         least=3,
     )
 
 
 CANDIDATES: tuple[Candidate, ...] = (
-    Candidate("staircase", (ASSIGNMENTS,), Staircase.fit_device, Staircase),
+    Candidate("staircase", (ASSIGNMENTS,), staircase),
     *(_roofline(planes) for planes in range(1, MAX_PLANES + 1)),
 )
 
@@ -252,9 +223,10 @@ def fit(
         limit = (1 + TIE) * min((error for error in errors.values() if not np.isnan(error)), default=np.inf)
         chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
     latencies = latencies or [chosen.fit_device(table) for table in tables]
-    cost = chosen.build(tuple(latencies), _measured(profile.devices, chosen.features))
+    measured = _measured(profile.devices, chosen.features)
     missed = [float(_relative(latency, table).mean()) for latency, table in zip(latencies, tables, strict=True)]
     fits[chosen.name] = float(np.mean(missed))
+    cost = CostModel(chosen.name, chosen.features, tuple(latencies), measured)
     return cost, FitReport(chosen.name, errors, fits, len(tables[0]), max(missed))
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.costs import Roofline, Staircase
+from gemopt.costs import roofline, staircase
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, Latency, line, tiles
 from gemopt.problem import Problem
 
@@ -135,7 +135,7 @@ def _staircases(rng: np.random.Generator, ranks: int, top: int) -> list[Latency]
     tables = [base if alike < 2 else _table(rng, top) for _ in range(ranks)]
     if alike == 1:
         tables = [table * np.array([1, 1, 1 + 0.3 * rng.random(), 1]) for table in tables]
-    return [Staircase.fit_device(table) for table in tables]
+    return [staircase(table) for table in tables]
 
 
 def _rooflines(rng: np.random.Generator, ranks: int, top: int, experts: int) -> list[Latency]:
@@ -154,7 +154,7 @@ def _rooflines(rng: np.random.Generator, ranks: int, top: int, experts: int) -> 
         table = np.column_stack([loads, active, us, np.full(len(us), np.nan)])
         if rng.random() < 0.5:
             table = np.vstack([table, [0, 0, rng.choice([0.0, 1.0, 30.0, 500.0]), np.nan]])
-        latencies.append(Roofline.fit_device(table, planes=fitted))
+        latencies.append(roofline(table, planes=fitted))
     return latencies
 
 
@@ -170,7 +170,7 @@ def _sums(rng: np.random.Generator, ranks: int, top: int, experts: int, features
             for feature in features:
                 high = experts if feature is ACTIVE else max(2, int(feature.of(np.array([top]))[0]))
                 straight = line(float(rng.choice([0, 1, 7.5])), float(rng.choice([0, 0.01, 1.0, 6.0])))
-                term.append(straight if rng.random() < 0.4 else Staircase.fit_device(_table(rng, high)).terms[0][0])
+                term.append(straight if rng.random() < 0.4 else staircase(_table(rng, high)).terms[0][0])
             terms.append(tuple(term))
         latencies.append(Latency(tuple(terms)))
     return latencies

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemopt.costs import Roofline
+from gemopt.costs import roofline
 from gemopt.exceptions import ABOVE_0, InputError, check_number
 from gemopt.formats.tables.beside import MIDDLE
 from gemopt.formats.tables.columns import (
@@ -210,7 +210,7 @@ def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory
 def _compute_share(device: Device) -> FloatArray:
     """[samples] share of each latency that grows with assignments, after the largest plane of a fitted roofline."""
     table = device.table()
-    planes_K3 = Roofline.fit_device(table, planes=2 if len(table) >= 6 else 1).planes()
+    planes_K3 = roofline(table, planes=2 if len(table) >= 6 else 1).planes()
     design = np.column_stack([np.ones(len(table)), table[:, 0], np.nan_to_num(table[:, 1])])
     values = design @ planes_K3.T
     chosen = planes_K3[values.argmax(axis=1)]
