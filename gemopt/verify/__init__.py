@@ -19,6 +19,12 @@ from gemopt.exceptions import InputError
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 from gemopt.verify.case import SAME, Case, IntArray, floor_bound_us, objective_us
+from gemopt.verify.columns import check_columns, no_better_contents
+from gemopt.verify.copies import check_copies
+from gemopt.verify.dual import check_dual
+from gemopt.verify.shares import sent, shares
+from gemopt.verify.tree import no_better
+from gemopt.verify.tree_copies import no_better_copies
 
 MOST_NODES = 200_000
 
@@ -83,8 +89,6 @@ def verify(
         Naming the check that failed: a file that is not whole, another problem's certificate, an edited one, a
         placement that is not feasible, an objective or a bound that is not what it says.
     """
-    from gemopt.verify.shares import sent
-
     certificate = Certificate.load(path)
     _check_digests(certificate, profile, traces)
     duals = certificate.duals(path)
@@ -138,13 +142,6 @@ def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -
 
 
 def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most_nodes: int) -> LayerCheck:
-    from gemopt.verify.columns import check_columns, no_better_contents
-    from gemopt.verify.copies import check_copies
-    from gemopt.verify.dual import check_dual
-    from gemopt.verify.shares import shares
-    from gemopt.verify.tree import no_better
-    from gemopt.verify.tree_copies import no_better_copies
-
     row_P = _feasible(case, layer)
     found_us = objective_us(case, row_P, shares(case, layer, duals))
     name = f"Certificate.layers[{layer.layer_id}]"

@@ -56,6 +56,14 @@ class Case:
         first: dict[object, int] = {}
         return [first.setdefault(latency.key, g) for g, latency in enumerate(self.cost.latencies)]
 
+    @cached_property
+    def kinds(self) -> list[list[int]]:
+        """Ranks with slots, those together that have the same latency and slots."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for g in np.flatnonzero(self.slots_G).tolist():
+            found.setdefault((self.like_G[g], int(self.slots_G[g])), []).append(g)
+        return list(found.values())
+
     def terms(self, g: int, *, low: bool) -> list[list[Values]]:
         """Every curve of rank g, in microseconds by whole loads; low: the least of any larger load."""
         return self._low_terms[g] if low else self._exact_terms[g]

@@ -11,20 +11,17 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
+from gemopt.verify.case import Case
 from gemopt.verify.dual import below
 from gemopt.verify.scan import least_content
 from gemopt.verify.share_contents import PricedRange, Range, covered, everything, priced_range, shared
 from gemopt.verify.share_search import no_better_shares
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
 
 PS = 10**6
 PART_BITS = 12
@@ -64,7 +61,7 @@ def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> 
     """
     name = f"Certificate.layers[{layer.layer_id}]"
     levels_LT, mu_LET, price_E = _arrays(case, layer, duals, name)
-    ranks = _kinds(case)
+    ranks = case.kinds
     if case.spare:
         return _check_ranges(case, ranks, levels_LT[0], mu_LET, price_E, duals.get(f"copies.{layer.layer_id}"), name)
     total = (int(levels_LT[0].sum()) << PART_BITS) + sum(int(price) for price in price_E)
@@ -145,7 +142,7 @@ def _arrays(
 
 def _columns(case: Case) -> int:
     """Contents of all kinds of ranks."""
-    return sum(comb(case.counts_TE.shape[1], int(case.slots_G[group[0]])) for group in _kinds(case))
+    return sum(comb(case.counts_TE.shape[1], int(case.slots_G[group[0]])) for group in case.kinds)
 
 
 def listed(case: Case) -> bool:
@@ -166,16 +163,6 @@ def _least_of_all(case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_
     times_N = case.floor_ps(case.times_us(g, np.arange(most + 1)[None]))
     times_N = np.minimum(times_N, int(floor_T.min()) + longest)
     return least_content(case.loads_FTE[0], times_N, floor_T, mu_ET, price_E, size, PART_BITS)
-
-
-def _kinds(case: Case) -> list[list[int]]:
-    """Ranks with slots, those together that have the same latency and slots."""
-    found: dict[object, list[int]] = {}
-    for g in np.flatnonzero(case.slots_G):
-        terms = case.cost.latencies[g].terms
-        key = (int(case.slots_G[g]), tuple(tuple((*c.x, None, *c.y, c.slope) for c in term) for term in terms))
-        found.setdefault(key, []).append(int(g))
-    return list(found.values())
 
 
 def _batches(case: Case, members: IntArray) -> Iterator[IntArray]:

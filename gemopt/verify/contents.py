@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.certificate import UNIT, IntArray
 from gemopt.exceptions import InputError
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
+from gemopt.verify.case import Case
 
 SAFE = 1e-12  # relative: planes are raised by more than float64 is off
 EXACT_BITS = 51  # of all costs together: what they have more is rounded down

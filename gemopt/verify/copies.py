@@ -7,16 +7,13 @@ and the price of a slot in picoseconds, all costs are whole numbers of 2^-24 pic
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
+from gemopt.verify.case import Case
 from gemopt.verify.dual import array, below
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
 
 PS = 10**6
 MOST_TIMES = 1 << 14  # of ranks that are told apart

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
 from gemopt.latency import Curve
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
+from gemopt.verify.case import Case
+from gemopt.verify.contents import Above, least_content, pairs_of
 
 PS = 10**6
 
@@ -106,14 +104,11 @@ def _bound_of_contents(
     case: Case, layer: LayerProof, mu_TKE: IntArray, pi: list[int], slots_C: list[int], fixed: int
 ) -> float:
     """With prices of experts in 2^-24 picoseconds, and every content of a rank at what it costs."""
-    from gemopt.verify.contents import Above, least_content, pairs_of
-
     alone, together = _pairs(case, layer, mu_TKE)
     least: dict[object, int] = {}
     total = fixed + sum(pi) * UNIT**2
     for g, c, factor in zip(np.flatnonzero(case.slots_G).tolist(), layer.group, layer.factor, strict=True):
-        terms = case.cost.latencies[g].terms
-        key = c, factor, tuple(tuple((*x.x, None, *x.y, x.slope) for x in term) for term in terms)
+        key = c, factor, case.like_G[g]
         if key not in least:
             mine = [factor * cost - price * UNIT**2 for cost, price in zip(alone[c], pi, strict=True)]
             costs = [[factor * cost for cost in row] for row in together[c]]

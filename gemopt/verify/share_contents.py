@@ -8,17 +8,15 @@ assignments and of its multipliers down, that of its price up.
 from __future__ import annotations
 
 from math import comb
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
+from gemopt.verify.case import Case
 from gemopt.verify.scan import in_blocks, least_with
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
 
 Array = NDArray[Any]
 MOST_ENTRIES = 1e10  # contents of one rank x steps

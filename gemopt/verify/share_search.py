@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
+from gemopt.verify.case import Case
 from gemopt.verify.share_contents import PricedRange, shares_left
 from gemopt.verify.tree_copies import MOST_HOSTS, exact_worth
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
 
 Array = NDArray[Any]
 PS = 10**6

@@ -6,18 +6,14 @@ beside the certificate, for no search is repeated here: a placement takes no lon
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from gemopt.certificate import IntArray, LayerProof
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.traces import Traces
+from gemopt.verify.case import Case
 from gemopt.verify.dual import array
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
 
 CLOSE = 1e-6  # to one, of the weights of an expert
 

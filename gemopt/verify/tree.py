@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
+from gemopt.verify.case import Case
 
 PS = 10**6
 CLOSE = 1e-9  # relative
@@ -57,12 +53,7 @@ class _Search:
             sums = np.zeros((widest + 1, *self.items_EFT.shape[1:]), np.int64)
             sums[1 : len(smallest) + 1] = np.cumsum(smallest, axis=0)
             self.rest.append(sums)
-        curves = [
-            [[c.x.tobytes(), c.y.tobytes(), c.slope] for t in each.terms for c in t] for each in case.cost.latencies
-        ]
-        kinds = [(len(e.terms), c, int(s)) for e, c, s in zip(case.cost.latencies, curves, case.slots_G, strict=True)]
-        self.same = np.array([kinds.index(kind) for kind in kinds])
-        self.together = max(1, BATCH // (len(kinds) * max(experts, self.items_EFT[0].size)))
+        self.together = max(1, BATCH // (len(case.slots_G) * max(experts, self.items_EFT[0].size)))
 
     def go(self, placed_ND: IntArray) -> tuple[IntArray, int, float | None]:
         """(ways to place one expert more that may be below the bound [n, D + 1], how many there are, a better one).
@@ -75,9 +66,10 @@ class _Search:
         loads_NGFT = loads_NGX.reshape(*loads_NGX.shape[:2], *self.items_EFT.shape[1:])
         free_NG = slots_G - on_NGD.sum(axis=2).astype(np.int64)
         may_NG = free_NG > 0
-        for g, kind in enumerate(self.same):  # of equal empty ranks one will do
-            before = [h for h in range(g) if self.same[h] == kind]
-            may_NG[:, g] &= (free_NG[:, g] < slots_G[g]) | (free_NG[:, before] < slots_G[before]).all(axis=1)
+        for group in self.case.kinds:  # of equal empty ranks one will do
+            for n, g in enumerate(group):
+                before = group[:n]
+                may_NG[:, g] &= (free_NG[:, g] < slots_G[g]) | (free_NG[:, before] < slots_G[before]).all(axis=1)
         now = [self._times(g, depth + 1, loads_NGFT[:, g], free_NG[:, g]) for g in range(len(slots_G))]
         children, last = [], depth + 1 == len(self.items_EFT)
         for g in range(len(slots_G)):

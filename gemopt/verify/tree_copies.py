@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import combinations, permutations, product
-from typing import TYPE_CHECKING
+from itertools import chain, combinations, permutations, product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-
-if TYPE_CHECKING:
-    from gemopt.verify.case import Case
+from gemopt.verify.case import Case
 
 IntArray = NDArray[np.int64]
 PS = 10**6
@@ -75,23 +72,11 @@ class _Search:
             whole = np.array([shares[0] for shares in self.shares[d:]], np.int64).reshape(-1, *case.loads_FTE.shape[:2])
             sums = np.cumsum(np.sort(whole, axis=0)[: int(case.slots_G.max())], axis=0)
             self.rest.append(np.concatenate([np.zeros((1, *whole.shape[1:]), np.int64), sums]))
-        self.alike: list[list[int]] = []
-        for g in hosts:
-            group = next((each for each in self.alike if self.same(each[0], g)), None)
-            self.alike.append([g]) if group is None else group.append(g)
         self.trail: list[tuple[int, ...]] = []
 
     def features(self, n_T: IntArray) -> IntArray:
         """[F, T] features of these assignments of one expert."""
         return np.stack([feature.of(n_T).astype(np.int64) for feature in self.case.cost.features])
-
-    def same(self, g: int, other: int) -> bool:
-        """Whether two ranks have the same slots and latency."""
-        points = [
-            [[(c.x.tolist(), c.y.tolist(), c.slope) for c in term] for term in self.case.cost.latencies[each].terms]
-            for each in (g, other)
-        ]
-        return bool(self.case.slots_G[g] == self.case.slots_G[other] and points[0] == points[1])
 
     def go(self, depth: int, loads_GFT: IntArray, free_G: IntArray, spare: int) -> None:
         """All ways to place the experts from `depth` on."""
@@ -122,7 +107,7 @@ class _Search:
         """Whether the ranks have a slot each, and of those that are alike and empty are the first."""
         if (free_G[list(chosen)] == 0).any():
             return False
-        for group in self.alike:
+        for group in self.case.kinds:
             empty = [g for g in group if free_G[g] == self.case.slots_G[g]]
             taken = [g for g in empty if g in chosen]
             if taken != empty[: len(taken)]:
@@ -131,10 +116,8 @@ class _Search:
 
     def complete(self) -> None:
         """Whether the placement is better in any order of the ranks that are alike."""
-        for orders in product(*(permutations(group) for group in self.alike)):
-            moved = {
-                g: h for group, order in zip(self.alike, orders, strict=True) for g, h in zip(group, order, strict=True)
-            }
+        for orders in product(*(permutations(group) for group in self.case.kinds)):
+            moved = dict(zip(chain(*self.case.kinds), chain(*orders), strict=True))
             loads_GFT = np.zeros((len(self.case.slots_G), *self.case.loads_FTE.shape[:2]), np.int64)
             for n_T, chosen in zip(self.counts_ET, self.trail, strict=True):
                 for copy, g in enumerate(sorted(moved[g] for g in chosen)):
