@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from gemopt.exceptions import InputError
 
@@ -33,11 +33,8 @@ class Family:
         Tensors with an expert axis outside `experts`: name relative to the MoE block -> that axis.
     num_experts, top_k
         Names of the fields of the text config.
-    groups
-        When group-limited routing is on: `never`, `n_group` (more than one group, not all of them kept) or
-        `topk_method` (the same, and `topk_method == "group_limited_greedy"`).
     group_defaults
-        With `n_group`: groups, and how many are kept, where config.json leaves them out.
+        Of group-limited routing: groups of experts, and how many are kept, where config.json leaves them out.
     scores
         The router returns (scores [N, E], logits [N, E]) instead of (logits, weights [N, K], ids [N, K]).
     hash_tensors
@@ -59,8 +56,7 @@ class Family:
     router_tensors: Mapping[str, int] = field(default_factory=lambda: GATE)
     num_experts: str = "num_experts"
     top_k: str = "num_experts_per_tok"
-    groups: Literal["never", "n_group", "topk_method"] = "never"
-    group_defaults: tuple[int, int] = (1, 1)
+    group_defaults: tuple[int, int] | None = None
     scores: bool = False
     hash_tensors: tuple[str, ...] = ()
     checkpoint_blocks: tuple[str, ...] = ("mlp",)
@@ -77,7 +73,7 @@ _LOCAL = Family("", num_experts="num_local_experts")
 _DEEPSEEK = Family(
     "",
     num_experts="n_routed_experts",
-    groups="n_group",
+    group_defaults=(1, 1),
     router_tensors=GATE_WITH_BIAS,
     checkpoint_tensors=GATE_WITH_BIAS,
 )
@@ -96,7 +92,7 @@ FAMILIES: Mapping[str, Family] = {
         checkpoint_blocks=("block_sparse_moe", "mlp"),
         checkpoint_tensors={**GATE_WITH_BIAS, "e_score_correction_bias": 0},
     ),
-    **_rows("deepseek_v2", num_experts="n_routed_experts", groups="topk_method"),
+    **_rows("deepseek_v2", num_experts="n_routed_experts"),
     **_rows("deepseek_v3", "deepseek_v32", "axk1", like=_DEEPSEEK, group_defaults=(8, 4)),
     **_rows("glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm_moe_dsa", "glm5_next_text", like=_DEEPSEEK),
     **_rows("dots1", "dots3_note_text", "solar_open", "mimo_v2_flash", "axk2", like=_DEEPSEEK),
@@ -126,8 +122,8 @@ FAMILIES: Mapping[str, Family] = {
         checkpoint_tensors={**GATE_WITH_BIAS, "gate.expert_bias": 0},
     ),
     **_rows("beam", like=_DEEPSEEK, num_experts="num_experts", group_defaults=(8, 4)),
-    **_rows("mistral4", num_experts="n_routed_experts", groups="n_group"),
-    **_rows("mistral_large4_text", num_experts="n_routed_experts", groups="n_group", checkpoint_blocks=()),
+    **_rows("mistral4", num_experts="n_routed_experts", group_defaults=(1, 1)),
+    **_rows("mistral_large4_text", num_experts="n_routed_experts", group_defaults=(1, 1), checkpoint_blocks=()),
     **_rows(
         "ernie4_5_moe",
         num_experts="moe_num_experts",

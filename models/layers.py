@@ -39,9 +39,6 @@ class MoeLayer:
         E of the network; those of them whose weights this process holds (fewer under expert parallelism).
     top_k
         K, experts per token.
-    num_groups, topk_groups
-        Group-limited routing: only experts of the best `topk_groups` of `num_groups` consecutive blocks of
-        experts can be chosen. None where every expert can.
     router_tensors
         Tensors outside `experts` with an expert axis: name relative to `block` -> axis. Longer than E where
         identity experts follow the real ones.
@@ -49,8 +46,6 @@ class MoeLayer:
         Tensors, relative to `block`, whose values are expert ids.
     expert_tensors
         Parameters and buffers of `experts` with an expert axis: name -> axis. DTensors under expert parallelism.
-    shared_experts
-        The block also has experts that every token passes through.
     expert_bytes
         Bytes of one expert's weights.
     hidden_size
@@ -68,12 +63,9 @@ class MoeLayer:
     num_experts: int
     num_local_experts: int
     top_k: int
-    num_groups: int | None
-    topk_groups: int | None
     router_tensors: Mapping[str, int] = field(default_factory=dict)
     hash_tensors: tuple[str, ...] = ()
     expert_tensors: Mapping[str, int] = field(default_factory=dict)
-    shared_experts: bool = False
     expert_bytes: int = 0
     hidden_size: int = 0
     width: int = 0
@@ -181,7 +173,6 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
     down = stacked.get("down_proj", next(iter(stacked.values())))
     hidden = int(config.hidden_size)
     width = int(getattr(config, "moe_latent_size", None) or hidden)
-    num_groups, topk_groups = _groups(config, row)
     return MoeLayer(
         layer_id=int(re.findall(r"(?:^|\.)layers\.(\d+)", path)[-1]),
         path=path,
@@ -192,12 +183,9 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
         num_experts=num_experts,
         num_local_experts=min(num_experts, _local_rows(down)),
         top_k=_of_every_layer(config, row.top_k),
-        num_groups=num_groups,
-        topk_groups=topk_groups,
         router_tensors={name: dim for name, dim in row.router_tensors.items() if _has(block, name)},
         hash_tensors=tuple(name for name in row.hash_tensors if _has(block, name)),
         expert_tensors=dict.fromkeys(stacked, 0),
-        shared_experts=any(name.startswith("shared_") and child is not None for name, child in block.named_children()),
         expert_bytes=sum(math.prod(t.shape[1:]) * t.element_size() for t in stacked.values()),
         hidden_size=hidden,
         width=width,
@@ -236,14 +224,3 @@ def _has(block: nn.Module, name: str) -> bool:
     for part in name.split("."):
         value = getattr(value, part, None)
     return isinstance(value, Tensor)
-
-
-def _groups(config: Any, row: Family) -> tuple[int | None, int | None]:
-    """Group-limited routing only binds when some groups are left out."""
-    groups, kept = getattr(config, "n_group", None), getattr(config, "topk_group", None)
-    active = row.groups == "n_group" or (
-        row.groups == "topk_method" and getattr(config, "topk_method", None) == "group_limited_greedy"
-    )
-    if not active or not groups or not kept or groups <= 1 or kept >= groups:
-        return None, None
-    return int(groups), int(kept)

@@ -118,7 +118,7 @@ def decoder_layers(config: Mapping[str, Any]) -> int | None:
 
 def _groups(config: Mapping[str, Any], row: Family) -> int | None:
     """Blocks of consecutive experts that routing chooses between; None where any expert can be chosen."""
-    defaults = row.group_defaults if row.groups == "n_group" else (None, None)
+    defaults = row.group_defaults or (None, None)
     groups, kept = (
         next((config[name] for name in names if config.get(name) is not None), default)
         for names, default in zip(GROUPS, defaults, strict=True)
