@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,10 +137,3 @@ def known(tokens: Tokens, position: IntArray | None, of: Any, layer: int, size: 
         token_ids=None if tokens.token_ids is None else tokens.token_ids[of],
         hidden=None if tokens.hidden is None else tokens.hidden[of, :layer],
     )
-
-
-def upcoming(traces: Traces) -> Iterator[tuple[int, list[Batch]]]:
-    """Each step with the batches of its layers."""
-    steps = Steps(traces)
-    for step in range(traces.num_steps):
-        yield step, [steps.batch(step, layer) for layer in range(traces.num_layers)]

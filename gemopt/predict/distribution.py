@@ -6,13 +6,12 @@ MoE-GPS estimates it once by maximum likelihood; these follow the traffic. None 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
-from gemopt.predict.base import Batch, IntArray, Predictor, require
+from gemopt.predict.base import Batch, IntArray, require
 from gemopt.traces import Traces
 
 STRENGTHS = (0.25, 1.0, 4.0, 16.0, 64.0)  # of the prior, in windows
@@ -75,8 +74,8 @@ class Window(_Shares):
 class Smoothing(_Shares):
     """Exponential smoothing of the shares of each step with a half-life in steps."""
 
-    def __init__(self, name: str = "smoothing", *, half_life: float = 32.0) -> None:
-        super().__init__(name)
+    def __init__(self, *, half_life: float = 32.0) -> None:
+        super().__init__("smoothing")
         if not half_life > 0:
             raise InputError("half_life", half_life, "above 0 steps")
         self.keep = 0.5 ** (1 / half_life)
@@ -140,31 +139,28 @@ class Dirichlet(_Shares):
 
 
 class PerTask:
-    """One distribution-only predictor for each task; steps of no or of an unknown task have that of all steps."""
+    """Exponential smoothing for each task; steps of no or of an unknown task have that of all steps."""
 
     per_token = False
     needs: tuple[str, ...] = ("task",)
 
-    def __init__(self, name: str = "task", *, each: Callable[[], Predictor] | None = None) -> None:
-        self.name = name
-        self.each = each or (lambda: Smoothing(half_life=64))
-
+    name = "task"
     bytes_per_token = 0.0
 
     @property
     def bytes_per_batch(self) -> float:
-        """As of one of them."""
+        """One layer's shares."""
         return self.all.bytes_per_batch
 
     def fit(self, history: Traces) -> None:
         """Fit one to the steps of each task."""
         require(history, self.needs, self.name)
         assert history.task is not None
-        self.all = self.each()
+        self.all = Smoothing(half_life=64)
         self.all.fit(history)
-        self.of_task: dict[int, Predictor] = {}
+        self.of_task: dict[int, Smoothing] = {}
         for task in np.unique(history.task[history.task >= 0]).tolist():
-            self.of_task[task] = self.each()
+            self.of_task[task] = Smoothing(half_life=64)
             self.of_task[task].fit(history.steps(history.task == task))
 
     def observe(self, counts_LE: IntArray, task: int = -1) -> None:
@@ -173,6 +169,6 @@ class PerTask:
         if task in self.of_task:
             self.of_task[task].observe(counts_LE)
 
-    def predict(self, context: Batch) -> FloatArray | IntArray:
+    def predict(self, context: Batch) -> FloatArray:
         """[E] shares as in earlier steps of the task."""
         return self.of_task.get(context.task, self.all).predict(context)

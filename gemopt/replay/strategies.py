@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import scaled
+from gemopt.evaluate import objective
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.online.controller import Controller
@@ -29,12 +30,13 @@ SGLANG_INTERVAL = 1000  # SGLang 0.5.23, --eplb-rebalance-num-iterations; the re
 class Fixed:
     """What the strategies below have in common; by itself it keeps the placement it starts with."""
 
+    name = "contiguous"
     eager = False
     stops = False
     layerwise = False
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str = "") -> None:
+        self.name = name or self.name
         self.period = NEVER
         self.reason = ""
         self.in_force: Placement | None = None
@@ -67,8 +69,7 @@ class Fixed:
 class FittedOnce(Fixed):
     """Solved on the past and left alone."""
 
-    def __init__(self, name: str = "fitted-once") -> None:
-        super().__init__(name)
+    name = "fitted-once"
 
     def first(self, context: Context) -> Placement:
         """Solved on all of the past."""
@@ -78,8 +79,7 @@ class FittedOnce(Fixed):
 class Copies(FittedOnce):
     """As fitted once, and refuses to run where no slot is spare: what memory for copies is worth."""
 
-    def __init__(self, name: str = "copies") -> None:
-        super().__init__(name)
+    name = "copies"
 
     def first(self, context: Context) -> Placement:
         """Solved on all of the past, spare slots holding copies."""
@@ -92,9 +92,10 @@ class Copies(FittedOnce):
 class Free(FittedOnce):
     """Solved from afresh every window on the last `memory` steps (a window when None), whatever that moves."""
 
+    name = "free"
     eager = True
 
-    def __init__(self, name: str = "free", *, memory: int | None = None) -> None:
+    def __init__(self, name: str = "", *, memory: int | None = None) -> None:
         super().__init__(name)
         self.memory = memory
 
@@ -170,8 +171,7 @@ class Eplb(Fixed):
 class Clairvoyant(FittedOnce):
     """Solved on the very window that it serves, with the true speeds, at no cost of copying: a bound for the others."""
 
-    def __init__(self, name: str = "clairvoyant") -> None:
-        super().__init__(name)
+    name = "clairvoyant"
 
     def start(self, context: Context) -> Placement:
         """As fitted once."""
@@ -180,8 +180,6 @@ class Clairvoyant(FittedOnce):
 
     def foresee(self, counts_NLE: IntArray, factors_NG: FloatArray, slots_per_rank: NDArray[np.int64]) -> Placement:
         """Solve on the steps to come, afresh and, where that is as good, from what is in force; the better of both."""
-        from gemopt.evaluate import objective
-
         assert self.in_force is not None
         cost = scaled(self.context.cost, factors_NG.mean(axis=0))
         problems = self.context.problems(counts_NLE, slots=slots_per_rank, cost=cost)
@@ -199,9 +197,10 @@ class Clairvoyant(FittedOnce):
 class Controlled(FittedOnce):
     """`gemopt.online.Controller`, asked every `every` steps, from the placement fitted once."""
 
+    name = "controller"
     eager = True
 
-    def __init__(self, name: str = "controller", *, policy: Policy | None = None, every: int = TICK) -> None:
+    def __init__(self, name: str = "", *, policy: Policy | None = None, every: int = TICK) -> None:
         super().__init__(name)
         self.policy, self.period = policy, every
 
@@ -238,7 +237,7 @@ def _sglang() -> Strategy:
 
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "contiguous": lambda: Fixed("contiguous"),
+    "contiguous": Fixed,
     "fitted-once": FittedOnce,
     "eplb-vllm": _vllm,
     "eplb-sglang": _sglang,
