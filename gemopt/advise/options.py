@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from gemopt.advise.case import Case
 from gemopt.advise.document import Option
@@ -71,8 +72,6 @@ def _spread(
     recording of N blocks varies as this one does, and few blocks show too little of it: the spread is widened by
     sqrt(2 N / (N - 1)) and Student's quantile over the normal one.
     """
-    from scipy.special import ndtri, stdtrit
-
     steps = steps_WST.shape[2]
     cuts = np.arange(0, steps, max(1, min(window, steps // BLOCKS)))
     free = max(1, len(cuts) - 1)

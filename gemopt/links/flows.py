@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import Curve, FloatArray
 from gemopt.placement import EMPTY, Split
+from gemopt.splits import even_shares, static_shares
 from gemopt.topology import NONE, Topology
 
 IntArray = NDArray[Any]
@@ -207,8 +208,6 @@ def from_counts(
     counts_TE: IntArray, row_P: IntArray, split: Split, weights_P: FloatArray | None
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Slots [N, 1], steps [N] and numbers [N] of assignments, each of which is sent by itself."""
-    from gemopt.splits import even_shares, static_shares
-
     if split is Split.STATIC and weights_P is not None:
         shares_TP = static_shares(counts_TE, row_P, weights_P)
     elif split is Split.EVEN or np.bincount(row_P[row_P != EMPTY]).max() <= 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,10 @@ from gemopt.problem import Problem
 from gemopt.replay.copying import beside
 from gemopt.replay.moe_gps import as_planned, greedy
 from gemopt.replay.result import Track
+from gemopt.replay.simulate import World
+from gemopt.replay.spreading import Price, copying_us, saved_us, spread, times_of
 from gemopt.replay.strategies import Fixed
 from gemopt.replay.strategy import Context
-
-if TYPE_CHECKING:
-    from gemopt.replay.simulate import World
 
 PREFIX = "duplication-"
 LIFE = 256.0  # batches that the price of a copy is spread over where one is proposed
@@ -150,8 +149,6 @@ class _Layer:
     expected_E: NDArray[np.int64]
 
     def __init__(self, strategy: Duplicated, world: World, start: Placement, layer: int, link: _Link) -> None:
-        from gemopt.replay.spreading import Price
-
         cost, migration = world.context.cost, world.migration
         self.method, self.experts, self.known = strategy.method, start.num_experts, world.split_us
         row_P, rank_P = start.physical_to_logical[layer], start.rank_of_slot
@@ -178,8 +175,6 @@ class _Layer:
 
     def step(self, expected_E: Any, counts_E: NDArray[Any], factor_G: Any) -> tuple[float, float, int]:
         """(makespan, what copying adds, experts copied) of a batch of `counts_E` when `expected_E` was expected."""
-        from gemopt.replay.spreading import spread, times_of
-
         counts_E = counts_E.astype(np.int64)
         added_us, copied = self._arrived(), 0
         if self.method == "greedy":
@@ -202,8 +197,6 @@ class _Layer:
 
     def _times(self, counts_E: NDArray[np.int64]) -> FloatArray:
         """[G] of a batch split by latency; strategies that hold the same copies ask only once."""
-        from gemopt.replay.spreading import times_of
-
         asked = (counts_E.tobytes(), self.home_E.tobytes(), self.present_GE.tobytes())
         if asked not in self.known:
             self.known[asked] = times_of(self._split(counts_E), *self.given[1:])
@@ -211,8 +204,6 @@ class _Layer:
 
     def _split(self, counts_E: NDArray[np.int64]) -> NDArray[np.int64]:
         """[G, E] over the copies that are there, by latency."""
-        from gemopt.replay.spreading import spread
-
         x_GE: NDArray[np.int64] = spread(counts_E, self.home_E, self.present_GE, self.spare_G, False, *self.given)[0]
         return x_GE
 
@@ -222,8 +213,6 @@ class _Layer:
         Nobody knows for how long copies are of use. As with renting or buying skis, they are made when so much has been
         missed without them as they cost; what the last batches would have saved stands for all since the last plan.
         """
-        from gemopt.replay.spreading import saved_us
-
         since, self.since = self.since, 0
         if not (used_GE & ~self.present_GE).any():
             return False
@@ -257,8 +246,6 @@ class _Layer:
 
     def _cost(self, used_GE: NDArray[np.bool_]) -> float:
         """Microseconds that making the copies that are not present adds."""
-        from gemopt.replay.spreading import copying_us
-
         return float(copying_us(*self._traffic(used_GE), self.given[0]))
 
     def _traffic(self, used_GE: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

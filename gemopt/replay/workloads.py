@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
-from gemopt.traces import Phase, Tokens, Traces, count_assignments
+from gemopt.traces import Phase, Tokens, Traces, concatenate, count_assignments
 
 IntArray = NDArray[Any]
 _PART = re.compile(r"(.+):(\d{1,9})")
@@ -193,8 +193,6 @@ def from_steps(traces: Traces, plan: Sequence[tuple[str, int]]) -> Traces:
 
 def joined(parts: Mapping[str, Traces]) -> Traces:
     """Traces of several kinds, one after the other, each step tagged with the name of its kind."""
-    from gemopt.traces import concatenate
-
     names = list(parts)
     if not names:
         raise InputError("parts", "none", "at least one kind of traffic")

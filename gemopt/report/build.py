@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
 import gemopt
@@ -40,8 +41,6 @@ class Report:
         write_text(path, self.html)
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         return f"<p>{escape(self.headline)}</p>"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,8 +74,6 @@ def _places(classes: list[ExpertClass], pairs: IntArray, correlations: FloatArra
 
     The springs are stretched to fill a square.
     """
-    import networkx as nx
-
     place_E2 = np.full((len(classes), 2), np.nan)
     graph: Any = nx.Graph()
     graph.add_weighted_edges_from((int(i), int(j), float(c)) for (i, j), c in zip(pairs, correlations, strict=True))

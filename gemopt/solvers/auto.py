@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
+from gemopt.evaluate import total
 from gemopt.exceptions import MissingPackageError
 from gemopt.links import Links
 from gemopt.problem import Problem
@@ -45,8 +46,6 @@ class Auto:
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
-        from gemopt.evaluate import total
-
         by = prover(problem)
         if not provable(problem):
             return LocalSearch().solve(problem, options, warm_start)
@@ -87,8 +86,6 @@ class Auto:
 
 def _searched_on(problem: Problem, options: Options, proven: Outcome, *, claimed: bool) -> Outcome:
     """What was proven, and a better placement from the time that is left; it may refute what a solver only claims."""
-    from gemopt.evaluate import total
-
     known_us = max(options.bound_us, proven.bound_us or 0.0)
     more = LocalSearch().solve(problem, replace(options, begun=None, bound_us=known_us), proven.row)
     own_us = proven.own_bound_us if claimed else None
