@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import check_number
+from gemopt.latency import FloatArray
 from gemopt.traces import Traces
 from gemopt.words import counted
 
-FloatArray = NDArray[np.float64]
 Graph: TypeAlias = Any  # networkx.Graph, whose stubs do not know what a view of one attribute yields
 
 HOT = 1.5  # times the load of an expert under equal shares

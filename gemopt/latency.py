@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

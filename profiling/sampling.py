@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
+from gemopt.latency import FloatArray
 
-FloatArray = NDArray[np.float64]
 MIN_BUDGET = 8
 START = 16  # loads measured before the search begins, at most a third of the budget
 LEVELS = 8  # powers of two told apart as tile sizes: 1 to 128 rows

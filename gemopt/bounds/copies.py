@@ -28,7 +28,7 @@ from scipy.sparse import block_array, csr_array
 
 from gemopt.bounds.simple import ROUNDING, weighted
 from gemopt.interrupts import LEFT
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.placement import Split
 from gemopt.problem import Problem
 
@@ -39,7 +39,6 @@ TIGHT = 1e-6  # relative: a row that says no more is not new
 WHOLE = 1e-6  # fractions of a copy below are rounding
 PRECISE = 1e-4  # of the floors: what is still open when it ends
 LOOK_S = 0.02
-IntArray = NDArray[np.int64]
 
 
 class CopiesProof(NamedTuple):

@@ -19,13 +19,11 @@ i pay of `d_ic = sum_kf b_ckf M_kfii - v_ci` only `d_ic / r`: the most that so m
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from gemopt.bounds.colocation import Programme
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 
-IntArray = NDArray[np.int64]
 ULP = 2.0**-52
 
 

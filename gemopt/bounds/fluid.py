@@ -14,13 +14,7 @@ from gemopt.latency import Curves
 
 
 @njit(cache=True, nogil=True, inline="always")
-def rank_capacity(
-    g: int,
-    f: int,
-    time: float,
-    others: Array,
-    curves: Curves,
-) -> float:
+def rank_capacity(g: int, f: int, time: float, others: Array, curves: Curves) -> float:
     """Largest whole load of feature f on rank g within `time`, at least 0.
 
     others: [G, K, F] what the term's other curves add at the smallest loads of a busy rank.
@@ -33,13 +27,7 @@ def rank_capacity(
 
 
 @njit(cache=True, nogil=True)
-def single_total(
-    f: int,
-    time: float,
-    most_GF: Array,
-    others: Array,
-    curves: Curves,
-) -> float:
+def single_total(f: int, time: float, most_GF: Array, others: Array, curves: Curves) -> float:
     """Load of one feature that all ranks hold within `time`."""
     total = 0.0
     for g in range(most_GF.shape[0]):
@@ -48,13 +36,7 @@ def single_total(
 
 
 @njit(cache=True, nogil=True)
-def single_next(
-    g: int,
-    f: int,
-    load: float,
-    others: Array,
-    curves: Curves,
-) -> float:
+def single_next(g: int, f: int, load: float, others: Array, curves: Curves) -> float:
     """Time of rank g with this load > 0 of feature f and, of the others, the smallest loads of a busy rank."""
     best = -np.inf
     for k in range(curves.num_terms[g]):
@@ -65,13 +47,7 @@ def single_next(
 
 @njit(cache=True, nogil=True, inline="always")
 def single_start(
-    f: int,
-    known: float,
-    most_GF: Array,
-    target: float,
-    ceiling: float,
-    others: Array,
-    curves: Curves,
+    f: int, known: float, most_GF: Array, target: float, ceiling: float, others: Array, curves: Curves
 ) -> tuple[float, bool]:
     """A time in which the ranks just cannot hold `target` of feature f, or `known` and False when they can.
 
@@ -102,13 +78,7 @@ def single_start(
 
 @njit(cache=True, nogil=True)
 def single_bound(
-    f: int,
-    known: float,
-    most_GF: Array,
-    target: float,
-    ceiling: float,
-    others: Array,
-    curves: Curves,
+    f: int, known: float, most_GF: Array, target: float, ceiling: float, others: Array, curves: Curves
 ) -> float:
     """Smallest time in which the ranks hold `target` of feature f, exact on the staircase; at least `known`.
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gemopt.latency import FloatArray
 from gemopt.profile import Sample
 
-FloatArray = NDArray[np.float64]
 SIGMA_OF_MAD = 1.4826  # of normal timings
 MEDIAN_LOSS = 1.2533  # standard error of a median against that of a mean
 CORNER = 4  # intervals whose widths have this ratio, or more, meet at a corner

@@ -6,9 +6,9 @@ Magnani and Boyd, Convex piecewise-linear fitting, Optimization and Engineering 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from gemopt.latency import FloatArray
+
 MAX_STEPS = 60  # of a refinement
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from gemopt.documents import Settings
+from gemopt.latency import IntArray
 from gemopt.migration import BATCH_BYTES, held
 from gemopt.profile import Profile
 
-IntArray = NDArray[np.int64]
 EXPERT_BYTES = 9.4e6
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from gemopt.latency import IntArray
 
 
 def greedy(expected_E: IntArray, home_E: IntArray, slots_G: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:

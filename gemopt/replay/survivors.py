@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.placement import EMPTY
 from gemopt.solvers.base import Row
-
-IntArray = NDArray[np.int64]
 
 
 def slots_without(slots_G: IntArray, rank: int, num_experts: int) -> IntArray:

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.conflicts import ExpertClass, classify, correlation, excess_coload, shares, significant
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.placement import Placement
 from gemopt.report.inputs import Inputs
-from gemopt.report.numbers import IntArray
 from gemopt.report.style import (
     AFTER,
     ALL_LAYERS,

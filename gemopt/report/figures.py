@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.replay.result import ReplayResult
 from gemopt.report import numbers
 from gemopt.report.inputs import Inputs
-from gemopt.report.numbers import Bounds, IntArray, Side
+from gemopt.report.numbers import Bounds, Side
 from gemopt.report.style import (
     AFTER,
     ALL_LAYERS,

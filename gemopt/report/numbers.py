@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gemopt.bounds import spread_bounds, timed_step_bounds, weighted
 from gemopt.evaluate import Evaluation, loads, rank_times
-from gemopt.latency import ASSIGNMENTS, FloatArray
+from gemopt.latency import ASSIGNMENTS, FloatArray, IntArray
 from gemopt.migration import Link, moves, relabel
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem, each_problem
@@ -18,7 +18,6 @@ from gemopt.report.inputs import Inputs
 from gemopt.solvers.base import Options
 from gemopt.splits.senders import Senders
 
-IntArray = NDArray[np.int64]
 CELLS = 3000  # of a heat map: ranks times windows
 MOST_WINDOWS = 120
 BOUND_SECONDS = 8.0

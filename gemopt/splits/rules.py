@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.placement import EMPTY
-
-IntArray = NDArray[np.int64]
 
 
 def even_shares(counts_TE: NDArray[Any], row_P: IntArray) -> IntArray:

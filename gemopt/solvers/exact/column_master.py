@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray
-from gemopt.solvers.exact.column_space import IntArray, Space
+from gemopt.latency import FloatArray, IntArray
+from gemopt.solvers.exact.column_space import Space
 from gemopt.solvers.exact.master_kernels import Columns, Point, Way, iterate, norm_of_costs, norm_of_sums
 
 if TYPE_CHECKING:

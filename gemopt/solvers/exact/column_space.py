@@ -21,13 +21,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import Found, in_levels, price, rows_of
 from gemopt.solvers.exact.tree import Tables, tables_of, with_idle
 from gemopt.solvers.size import num_columns
-
-IntArray = NDArray[np.int64]
 
 LEVELS = (
     (0.0,),

@@ -15,14 +15,14 @@ import numpy as np
 
 from gemopt.bounds import step_bounds
 from gemopt.evaluate import objective
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.column_kernels import search_columns
 from gemopt.solvers.exact.column_master import Master
-from gemopt.solvers.exact.column_space import LEVELS, IntArray, Proven, Space
+from gemopt.solvers.exact.column_space import LEVELS, Proven, Space
 from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import Curve, Curves, FloatArray, Latency
+from gemopt.latency import Curve, Curves, FloatArray, IntArray, Latency
 from gemopt.layer_rules import LayerRules
 from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.runs import Term, split_term
-
-IntArray = NDArray[np.int64]
 
 ROUNDING = 1e-9  # relative, by which a cutoff is rounded up
 

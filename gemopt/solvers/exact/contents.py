@@ -26,11 +26,11 @@ from gemopt.bounds import Together
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import costs, feasible, rounding
 from gemopt.bounds.together import TOLERANCE, worthwhile
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.content_kernels import Steps, cheapest
-from gemopt.solvers.exact.numbered import IntArray, Numbered
+from gemopt.solvers.exact.numbered import Numbered
 
 ITERATIONS = 40  # of the master between two looks at all contents
 HELD = 800  # cheapest contents of all kinds in the master, beside those in use

@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.links import Links
 from gemopt.links.flows import Flow
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.compact import Compact
 
-IntArray = NDArray[np.int64]
 MOST_COPIES = 6
 MOST_TERMS = 200_000
 """Ways of tokens that are stated at most, over all steps, layers and destinations."""

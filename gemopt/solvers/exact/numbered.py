@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from gemopt.latency import IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import in_levels, rows_of
 from gemopt.solvers.exact.column_space import ULP, feasible
@@ -30,7 +30,6 @@ from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of, with_idle
 from gemopt.solvers.size import num_shares
 
 Array = NDArray[Any]
-IntArray = NDArray[np.int64]
 MOST_LOOKED = 20_000  # contents of all kinds, whose nets are made exact though they are not the least
 
 

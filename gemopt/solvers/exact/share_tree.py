@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from gemopt import cores
 from gemopt.bounds import step_bounds
 from gemopt.evaluate import objective
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import rows_of
 from gemopt.solvers.exact.column_master import Held, Master
 from gemopt.solvers.exact.copies_tree import CopiesTree, make_copies_tree
 from gemopt.solvers.exact.share_screen import cut_copies
 from gemopt.solvers.exact.share_search import Hosts, Left, search_left
-from gemopt.solvers.exact.share_space import IntArray, Priced, Shares
+from gemopt.solvers.exact.share_space import Priced, Shares
 from gemopt.solvers.exact.tree import CLOSE, expert_order
 from gemopt.solvers.size import MOST_EXPERTS
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.column_kernels import in_levels
 from gemopt.solvers.exact.column_space import ULP
-from gemopt.solvers.exact.numbered import IntArray, Numbered
+from gemopt.solvers.exact.numbered import Numbered
 from gemopt.solvers.exact.step_kernels import WIDTH, Best, Family
 from gemopt.solvers.exact.tree import TABLE_LIMIT, with_idle
 

@@ -20,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.bounds.together import TOLERANCE, worthwhile
-from gemopt.latency import FloatArray
+from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.column_space import ULP, Proven, feasible
 from gemopt.solvers.exact.contents import RISING
-from gemopt.solvers.exact.numbered import IntArray
 from gemopt.solvers.exact.step_kernels import WIDTH, exchange, scan
 from gemopt.solvers.exact.step_space import Stepwise
 
