@@ -101,7 +101,7 @@ class Curve:
         """
         if self.slope < 0:
             raise InputError("Curve.slope", self.slope, "a latency that falls for ever has no lower bound")
-        if self.slope >= 0 and (np.diff(self.y) >= 0).all():
+        if (np.diff(self.y) >= 0).all():
             return self
         xs, ys = [self.x[-1]], [self.y[-1]]
         for i in range(len(self.x) - 2, -1, -1):
@@ -236,7 +236,7 @@ class Latency:
             pieces = [_thin(curve.hull.pieces(), limit) for curve in term]
             longest = max(map(len, pieces))
             for k in range(longest):
-                chosen = [p[min(k * len(p) // longest, len(p) - 1)] for p in pieces]
+                chosen = [each[k * len(each) // longest] for each in pieces]
                 rows.append([sum(a for a, _ in chosen), *(b for _, b in chosen)])
         return np.array(rows)
 

@@ -15,7 +15,7 @@ from gemopt.latency import Curve
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 Values = Callable[[IntArray], FloatArray]
-PS, MOST_PS = 1e6, 1 << 61  # picoseconds in a microsecond; of all steps together: what is longer counts as this
+PS, MOST_PS = 10**6, 1 << 61  # picoseconds in a microsecond; of all steps together: what is longer counts as this
 SAFE = 1e-12  # relative: latencies are lowered by more than float64 is off
 SAME = 1e-9  # relative: two computations of one number
 TABLED = 1 << 16  # loads, up to which curves are looked up

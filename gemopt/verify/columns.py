@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
-from gemopt.verify.case import Case
+from gemopt.verify.case import PS, Case
 from gemopt.verify.dual import below
 from gemopt.verify.scan import least_content
 from gemopt.verify.share_contents import PricedRange, Range, covered, everything, priced_range, shared
 from gemopt.verify.share_search import no_better_shares
+from gemopt.verify.tree_copies import SpentError
 
-PS = 10**6
 PART_BITS = 12
 LONGEST_PS = 1 << 38  # of a level: what is longer counts as this long, so that products and sums fit in 63 bits
 LARGEST_PRICE = 1 << 52
@@ -199,10 +199,6 @@ def _costs(case: Case, g: int, members: IntArray, levels_LT: IntArray, mu_LET: I
     return total_N
 
 
-class _SpentError(Exception):
-    """The nodes are spent."""
-
-
 def no_better_contents(case: Case, contents: Contents, bound_us: float, most_nodes: int) -> tuple[int, float | None]:
     """As `verify_tree.no_better`, over the contents that the multipliers leave for a placement below the bound."""
     if contents.ranges:
@@ -215,7 +211,7 @@ def no_better_contents(case: Case, contents: Contents, bound_us: float, most_nod
         return most_nodes, None
     try:
         search.begin()
-    except _SpentError:
+    except SpentError:
         return most_nodes, None
     return search.nodes, search.better
 
@@ -273,7 +269,7 @@ class _Search:
         children = ids[held[:, held.sum(axis=0).argmin()]] if len(ids) else ids
         self.nodes += 1
         if self.nodes >= self.most_nodes:
-            raise _SpentError
+            raise SpentError
         values = np.maximum(self.rows_NT[children], z_T).sum(axis=1)
         for n in children[values < self.limit_us]:
             used, left = used_E | self.held_NE[n], left_K.copy()

@@ -12,10 +12,9 @@ import numpy as np
 
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
-from gemopt.verify.case import Case
+from gemopt.verify.case import PS, Case
 from gemopt.verify.dual import array, below
 
-PS = 10**6
 MOST_TIMES = 1 << 14  # of ranks that are told apart
 
 

@@ -14,10 +14,8 @@ import numpy as np
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
 from gemopt.latency import Curve
-from gemopt.verify.case import Case
+from gemopt.verify.case import PS, Case
 from gemopt.verify.contents import Above, least_content, pairs_of
-
-PS = 10**6
 
 
 def check_dual(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> float:

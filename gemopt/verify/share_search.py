@@ -9,12 +9,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
-from gemopt.verify.case import Case
+from gemopt.verify.case import PS, Case
 from gemopt.verify.share_contents import PricedRange, shares_left
 from gemopt.verify.tree_copies import MOST_HOSTS, exact_worth
 
 Array = NDArray[Any]
-PS = 10**6
 CLOSE = 1e-9  # relative
 MOST_LEFT = 20_000  # contents of one rank
 MOST_ROWS = 1e8  # contents x steps

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
-from gemopt.verify.case import Case
+from gemopt.verify.case import PS, Case
 
-PS = 10**6
 CLOSE = 1e-9  # relative
 PER_NODE = 20  # placements of some experts that are looked at for one of the nodes allowed: many are at once
 BATCH = 1 << 19  # entries looked at together

@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-from gemopt.verify.case import Case
+from gemopt.verify.case import PS, Case
 
 IntArray = NDArray[np.int64]
-PS = 10**6
 CLOSE = 1e-9  # relative
 MOST_HOSTS = 6  # ranks with slots: all sets and orders of them are tried
 
 
-class _SpentError(Exception):
+class SpentError(Exception):
     """The nodes are spent."""
 
 
@@ -40,7 +39,7 @@ def no_better_copies(case: Case, bound_us: float, most_nodes: int) -> tuple[int,
     search = _Search(case, bound_us, most_nodes)
     try:
         search.go(0, np.zeros((len(case.slots_G), *case.loads_FTE.shape[:2]), np.int64), case.slots_G, case.spare)
-    except _SpentError:
+    except SpentError:
         return most_nodes, None
     return search.nodes, search.better
 
@@ -86,7 +85,7 @@ class _Search:
                 continue
             self.nodes += 1
             if self.nodes >= self.most_nodes:
-                raise _SpentError
+                raise SpentError
             loads, free = loads_GFT.copy(), free_G.copy()
             loads[list(chosen)] += self.shares[depth][len(chosen) - 1]
             free[list(chosen)] -= 1
