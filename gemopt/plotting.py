@@ -227,17 +227,14 @@ def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
         _, axes = _pyplot().subplots(2, 1, figsize=(10, 6.5), sharex=True, height_ratios=(2, 1), layout="constrained")
     upper, lower = axes
     steps = np.arange(result.first_step, result.num_steps)
-    cuts = np.arange(0, len(steps), result.window)
-    base_us = np.add.reduceat(np.array(result.baseline_us), cuts)
-    edges = np.append(steps[cuts], result.num_steps)
     others = itertools.cycle(("#f4a261", "#6a4c93", "#606c38", "#b56576", "#00509d"))
     for track in result.timeline:
         ours, bound = track.strategy == "controller", track.strategy == "clairvoyant"
         colour = STRATEGY_COLOURS.get(track.strategy) or next(others)
         style = {"color": colour, "linestyle": ":" if bound else "-", "linewidth": 2.2 if ours else 1.3,
                  "zorder": 3 if ours else 2}  # fmt: skip
-        change = 100 * (np.add.reduceat(np.array(track.step_us), cuts) / base_us - 1)
-        upper.stairs(change, edges, baseline=None, label=track.strategy, **style)
+        edges, change = result.changes(track)
+        upper.stairs(100 * change, edges, baseline=None, label=track.strategy, **style)
         lower.step(steps, np.cumsum(track.moves), where="post", **style)
         at = [decision.step for decision in track.decisions]
         moved = np.cumsum(track.moves)[np.array(at, int) - result.first_step]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from gemopt.documents import Document, Part
+from gemopt.latency import FloatArray, IntArray
 from gemopt.replay.copying import Migration
 from gemopt.replay.schedule import Schedule
 from gemopt.tables import frame
@@ -123,6 +125,12 @@ class ReplayResult(Document):
     def track(self, strategy: str) -> Track:
         """One strategy step by step."""
         return next(track for track in self.timeline if track.strategy == strategy)
+
+    def changes(self, track: Track) -> tuple[IntArray, FloatArray]:
+        """([W + 1] first steps of the windows and the end, [W] change of the makespan against contiguous placement)."""
+        cuts = np.arange(0, len(self.baseline_us), self.window)
+        ours_us, base_us = (np.add.reduceat(np.array(each), cuts) for each in (track.step_us, self.baseline_us))
+        return self.first_step + np.append(cuts, len(self.baseline_us)), ours_us / base_us - 1
 
     def to_dataframe(self) -> Any:
         """`rows` as a pandas data frame, one per strategy.

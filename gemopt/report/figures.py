@@ -165,9 +165,8 @@ def search(inputs: Inputs) -> Section:
     ]  # fmt: skip
     known = [(point.seconds, point.bound_us) for point in result.history if point.bound_us is not None]
     if result.bound_us is not None:
-        at = [*known, (result.seconds, result.bound_us)] if known else [(float(seconds[0]), result.bound_us)]
-        at = at if known else [*at, (result.seconds, result.bound_us)]
-        x, y = np.array(at).T
+        begun = known or [(float(seconds[0]), result.bound_us)]
+        x, y = np.array([*begun, (result.seconds, result.bound_us)]).T
         traces.append(go.Scatter(x=x, y=y / per_step, name="bound", line={"color": BOUND, "dash": "dot", "shape": "hv"},
                                  mode="lines", hovertemplate="%{y:.4f} ms per step<extra>bound</extra>"))  # fmt: skip
     shown = figure(*traces, xaxis={"title": "seconds"}, yaxis={"title": "ms per step"}, height=340)
@@ -304,18 +303,14 @@ def replay(result: ReplayResult, of_others: Sequence[str] = ()) -> Section:
 def _tracks(result: ReplayResult) -> list[Any]:
     """Two curves per strategy, window by window; the last window ends with the traces."""
     go = graph_objects()
-    steps = np.arange(result.first_step, result.num_steps)
-    cuts = np.arange(0, len(steps), result.window)
-    edges = np.append(steps[cuts], result.num_steps)
-    base_us = np.add.reduceat(np.array(result.baseline_us), cuts)
     traces = []
     for number, track in enumerate(result.timeline):
         style = {"color": MANY[number % len(MANY)], "dash": DASHES[number % len(DASHES)],
                  "width": 3 if track.strategy == "controller" else 1.5, "shape": "hv"}  # fmt: skip
+        edges, change = result.changes(track)
         kind = {"x": edges, "name": track.strategy, "legendgroup": track.strategy, "line": style, "mode": "lines"}
-        change = 100 * (np.add.reduceat(np.array(track.step_us), cuts) / base_us - 1)
-        moved = np.add.reduceat(np.array(track.moves), cuts).cumsum()
-        traces.append(go.Scatter(y=small(np.append(change, change[-1])), **kind,
+        moved = np.add.reduceat(np.array(track.moves), edges[:-1] - result.first_step).cumsum()
+        traces.append(go.Scatter(y=small(100 * np.append(change, change[-1])), **kind,
                                  hovertemplate="from step %{x}: %{y:.1f} %<extra>%{fullData.name}</extra>",
                                  ))  # fmt: skip
         traces.append(go.Scatter(y=small(np.append(moved, moved[-1])), **kind, yaxis="y2", showlegend=False,
