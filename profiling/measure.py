@@ -86,10 +86,10 @@ def settle(device: Device, call: Callable[[], object], *, block_us: float, limit
 
     Compares medians of consecutive groups of five blocks.
     """
-    end, before, move = time.monotonic() + limit_s, None, float("inf")
+    end, before = time.monotonic() + limit_s, None
     while True:
         now = float(np.median([device.time_us(call, block_us) for _ in range(5)]))
-        move = float("inf") if before is None else abs(now / before - 1)
+        move = inf if before is None else abs(now / before - 1)
         if move < STEADY_SHARE or time.monotonic() > end:
             return move
         before = now

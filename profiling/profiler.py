@@ -164,27 +164,27 @@ class Profiler:
     def measure(self, load: Load) -> Reading:
         """Measure one load on all ranks, scattered ones again; the least scattered answer of each rank stays."""
         if load not in self.samples:
-            best = [Sample(**answer) for answer in self.ask_all("load", load)]
+            best = self._timed(load)
             for _ in range(RETRIES):
                 if max(map(relative_spread, best)) <= OUTLIER_SPREAD:
                     break
-                again = [Sample(**answer) for answer in self.ask_all("load", load)]
-                best = [min(pair, key=relative_spread) for pair in zip(best, again, strict=True)]
+                best = [min(pair, key=relative_spread) for pair in zip(best, self._timed(load), strict=True)]
             self.samples[load] = best
             self.progress(len(self.samples))
             if len(self.samples) % REFERENCE_EVERY == 0:
                 self._look_at_reference()
         return reading(self.samples[load])
 
+    def _timed(self, load: Load) -> list[Sample]:
+        return [Sample(**answer) for answer in self.ask_all("load", load)]
+
     def _look_at_reference(self) -> None:
-        self.references.append([Sample(**answer) for answer in self.ask_all("load", self.reference)])
+        """Look once more before the profile is refused: a disturbance passes, throttling stays."""
+        self.references.append(self._timed(self.reference))
+        if np.abs(self.drifts()).max() > self.options.max_drift:
+            self.references[-1] = self._timed(self.reference)
         drifts = self.drifts()
         worst = int(np.abs(drifts).argmax())
-        if abs(drifts[worst]) > self.options.max_drift:
-            # A disturbance passes, throttling stays: look once more.
-            self.references[-1] = [Sample(**answer) for answer in self.ask_all("load", self.reference)]
-            drifts = self.drifts()
-            worst = int(np.abs(drifts).argmax())
         if abs(drifts[worst]) > self.options.max_drift:
             raise ThrottledError(self._throttled(worst, float(drifts[worst])))
 

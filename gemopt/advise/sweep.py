@@ -104,8 +104,7 @@ def sweeps(
         still = bench.changes(skewed, [name for name in names if name in STILL])
         grid.append([still | (bench.changes(skewed, moving, gbps) if moving else {}) for gbps in GBPS])
         advance()
-    given = float(np.argmin(np.abs(np.log(np.array(GBPS) * 1e9 / bench.migration.bytes_per_s))))
-    column, row = int(given), POWERS.index(1.0)
+    column = int(np.argmin(np.abs(np.log(np.array(GBPS) * 1e9 / bench.migration.bytes_per_s))))
     batches = [bench.changes(shown if f == 1 else with_batch(shown, f), names) for f in BATCHES]
     start = 3 * shown.num_steps // 4
     drifts = [bench.changes(with_change(shown, share, start, bench.seed), names) for share in SHARES]
@@ -113,7 +112,7 @@ def sweeps(
     mean = float(shown.counts.sum(axis=2).mean())
     found = [
         _sweep("skew", skews, [cells[column] for cells in grid]),
-        _sweep("bandwidth", list(GBPS), grid[row]),
+        _sweep("bandwidth", list(GBPS), grid[POWERS.index(1.0)]),
         _sweep("batch", [f * mean for f in BATCHES], batches),
         _sweep("drift", list(SHARES), drifts),
     ]
