@@ -341,10 +341,10 @@ def total_objective(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.in
 
 
 def linked_total(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]], links: Links) -> float:
-    """What a search over links minimises: weighted makespans and what the links add to them, in microseconds."""
+    """What a search over links minimises: makespans, what links add to them and the price of moves, in microseconds."""
     makespan_TL = np.stack(
         [rank_times(problem, row).max(axis=1) for problem, row in zip(problems, rows_LP, strict=True)], axis=1
     )
     sent = links.communication(rows_LP, problems[0].slots_per_rank)
     added_TL = sent.exposed(makespan_TL, overlap=links.exchange.overlap)
-    return float((problems[0].weights_T @ (makespan_TL + added_TL)).sum())
+    return float((problems[0].weights_T @ (makespan_TL + added_TL)).sum()) + sum(map(moves_us, problems, rows_LP))

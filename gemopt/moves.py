@@ -137,3 +137,22 @@ class Moves:
             size = min(len(copies), len(free))
             row_P[free[:size]] = copies[:size]
         return row_P
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Moves that several layers share: `most` in all, and `most_into_G` [G] into each rank; None: any number."""
+
+    most: int | None = None
+    most_into_G: IntArray | None = None
+
+    def beside(self, moves: Moves, others_G: IntArray) -> Moves:
+        """The moves of one layer, limited to what the others leave, which move `others_G` [G] into each rank."""
+        most, into_G = moves.most, moves.most_into_G
+        if self.most is not None:
+            left = max(0, self.most - int(others_G.sum()))
+            most = left if most is None else min(most, left)
+        if self.most_into_G is not None:
+            left_G = np.maximum(0, self.most_into_G - others_G)
+            into_G = left_G if into_G is None else np.minimum(into_G, left_G)
+        return replace(moves, most=most, most_into_G=into_G)

@@ -56,7 +56,7 @@ class MovesReport(Part):
     per_layer, into_rank
         The same moves by layer and by rank.
     makespan_before_us, gain_us
-        Objective of the placement in force on the same steps, and by how much it falls.
+        Objective of the placement in force on the same steps (with what links take), and by how much it falls.
     move_us
         Microseconds that one move takes, once: the price, or bytes over bandwidth; None when neither was given.
     price_us

@@ -25,7 +25,7 @@ from gemopt.solvers import hurried, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Outcome, Row, Solver, require
 from gemopt.solving.answer import answer, without
 from gemopt.solving.cluster import Cluster
-from gemopt.solving.coupled import check_slack, go_coupled, links_of, refuse_with_links
+from gemopt.solving.coupled import check_slack, go_coupled, links_of, refuse_split
 from gemopt.solving.first_use import ready, unlike
 from gemopt.solving.layers import Layer
 from gemopt.solving.memory import experts_within, slots_within, solve_within
@@ -124,7 +124,7 @@ def solve(
     current
         The placement in force. Its slots are the default of `slots_per_rank`. Without a price or a limit the answer is
         found freely; then ranks of equal latency and slots change roles so that fewest experts move at no larger
-        objective, and experts that stay on their rank keep their slot. `Result.moves` says what changes.
+        objective (not with a topology), and experts that stay on their rank keep their slot. `Result.moves` says more.
     move_price
         Microseconds that moving one expert of one layer takes, once. It must be paid within the horizon: every move
         adds this price times the given steps over `horizon_steps` to what is minimised.
@@ -224,7 +224,7 @@ def solve(
                 moving.suggest_weights(each)
             layers = _layers(chosen, each, traces, warm_start, seed)
             first = layers[0].problem
-            refuse_with_links(topology, split=policy.value if policy is not Split.EVEN and first.spare_slots else None)
+            refuse_split(topology, policy if first.spare_slots else Split.EVEN, moving, asked=split is not None)
             for problem in unlike(each):
                 clock += ready(chosen, problem, notice, links, budget=held_G is not None, compute_slack=compute_slack,
                                time_limit=time_limit)  # fmt: skip
@@ -250,10 +250,10 @@ def _go(
     try:
         if held_G is not None:
             solve_within(run, held_G)
+        elif links is not None:
+            return go_coupled(run, links, compute_slack, moving)
         elif moving is not None and moving.shared:
             return solve_shared(run, moving)
-        elif links is not None:
-            return go_coupled(run, links, compute_slack)
         else:
             run.go()
     except hurried.OutOfTimeError as late:

@@ -13,10 +13,9 @@ from cli_inputs import gemopt, gemopt_json, profile
 
 from gemopt.compare import compare
 from gemopt.evaluate import evaluate
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError
 from gemopt.formats.links import read_links
 from gemopt.links import Exchange
-from gemopt.placement import Placement
 from gemopt.solve import solve
 from gemopt.solvers.base import Options
 from gemopt.solvers.baselines.moetuner import MoeTuner, fullest, solve_child
@@ -179,13 +178,6 @@ def test_solve_puts_together_what_goes_together() -> None:
         found = solve(devices, traces, solver=solver, topology=slow, exchange=exchange, **given)
         assert found.objective_us is not None and found.bound_us is not None
         assert found.bound_us <= joint.objective_us * (1 + 1e-9)
-
-
-def test_moves_and_links_are_not_mixed() -> None:
-    traces, devices = token_traces(), profile(4)
-    current = Placement.contiguous(2, 8, 4)
-    with pytest.raises(UnsupportedError, match="current is not weighed"):
-        solve(devices, traces, current=current, topology="2x2-ib400", exchange=EXCHANGE)
 
 
 def test_a_topology_that_misses_ranks_is_refused() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
 from gemopt.links import Links
+from gemopt.moves import Budget
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
@@ -68,6 +69,8 @@ class Options:
     """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
     compute_slack: float | None = None
     """With links: by what part makespans may grow for fewer bytes between nodes; None: the time of steps counts."""
+    budget: Budget | None = None
+    """With links: moves that all layers share."""
     first: bool = False
     """Whether a later call goes on from `Outcome.search`, so that this one may leave to it what takes long."""
     start_by: float = -np.inf
@@ -219,6 +222,23 @@ def within_limits(problem: Problem, row: Row | None) -> bool:
     if row is None or (problem.rules is not None and problem.rules.broken(row, problem.slots_per_rank)):
         return False
     return problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank)
+
+
+def beside(problems: Sequence[Problem], rows: Sequence[Row], layer: int, budget: Budget | None) -> Problem:
+    """A layer's problem with what the rows of the others leave of a budget."""
+    problem = problems[layer]
+    if budget is None or problem.moves is None:
+        return problem
+    others = [n for n in range(len(problems)) if n != layer]
+    into = [each.into(rows[n], problem.slots_per_rank) for n in others if (each := problems[n].moves) is not None]
+    others_G = np.sum([np.zeros(problem.num_ranks, np.int64), *into], axis=0)
+    return problem.with_moves(budget.beside(problem.moves, others_G))
+
+
+def within_budget(problems: Sequence[Problem], rows: Sequence[Row], budget: Budget | None) -> bool:
+    """Whether the rows of all layers keep to their limits and rules, and to a budget together."""
+    each = (beside(problems, rows, layer, budget) for layer in range(len(problems)))
+    return all(within_limits(problem, row) for problem, row in zip(each, rows, strict=True))
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

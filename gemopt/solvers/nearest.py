@@ -12,6 +12,7 @@ import numpy as np
 from gemopt.layer_rules import Demand, LayerRules
 from gemopt.migration import held
 from gemopt.moves import Moves
+from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import hurried
@@ -45,6 +46,14 @@ def fewest_row(problem: Problem) -> Row | None:
         Neither a row was found nor that there is none.
     """
     return fewest(problem)[0]
+
+
+def home_row(problem: Problem, moves: Moves) -> Row | None:
+    """[P] the row with the fewest moves, where it keeps to limits and rules as it is; None where it does not."""
+    row = moves.fewest(problem.slots_per_rank)
+    if row is None or (problem.full and (row == EMPTY).any()):
+        return None
+    return row if within_limits(problem, row) else None
 
 
 def fewest(problem: Problem) -> tuple[Row | None, bool]:

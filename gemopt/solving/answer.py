@@ -61,7 +61,7 @@ def answer(
     """
     rows, problems = _rows(run, traces), [layer.problem for layer in run.layers]
     if rows is not None and moving is not None:
-        rows = moving.settled(rows, problems)
+        rows = moving.settled(rows, problems, linked=run.coupling is not None)
     placement, scored, value = None, None, None
     if rows is not None:
         weights_LP = _weights(run, rows)
@@ -76,11 +76,12 @@ def answer(
     ]
     total = None if value is None else value + sum(layer.moves_us for layer in per_layer)
     bound = _bound(run, per_layer, bound_us, total)
+    notes = [*_notes(run, per_layer), *_division(run, moving), *profile_doubts(profile, traces), *_wires(run, profile)]
     gap, base = relative_gap(total, bound), sum(layer.base_us for layer in run.layers)
     base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
     report_of_moves = None
     if moving is not None and rows is not None and value is not None:
-        before_us = moving.before_us(traces, cost, senders)
+        before_us = moving.before_us(traces, cost, senders, run.coupling and run.coupling.links)
         report_of_moves = moving.report(rows, problems, value, before_us)
     return Result(
         solver=run.solver.name,
@@ -99,7 +100,7 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=[*_notes(run, per_layer), *_division(moving), *profile_doubts(profile, traces), *_wires(run, profile)],
+        notes=notes,
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,
@@ -256,9 +257,10 @@ def _layer_result(run: Run, index: int, layer_id: int, scored: Evaluation | None
     )
 
 
-def _division(moving: Moving | None) -> list[str]:
-    """What is to be known about a budget that layers share."""
-    if moving is None or not moving.shared or moving.into_G is None:
+def _division(run: Run, moving: Moving | None) -> list[str]:
+    """What is to be known about a budget that layers share, unless a search over all of them spent it."""
+    together = run.coupling is not None and run.solver.supports.links
+    if moving is None or not moving.shared or moving.into_G is None or together:
         return []
     return [
         "max_bytes_per_rank is divided among the layers along the best swaps: another division may be better; the "

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import ABOVE_0, InputError, check_number
+from gemopt.links import Links
 from gemopt.migration import keep_in_place
-from gemopt.moves import Moves
+from gemopt.moves import Budget, Moves
 from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
@@ -22,7 +23,7 @@ from gemopt.resize import Resized, Source, resize
 from gemopt.result import MovesReport
 from gemopt.solvers import hurried
 from gemopt.solvers.base import Row
-from gemopt.solvers.nearest import fewest
+from gemopt.solvers.nearest import fewest, home_row
 from gemopt.solvers.relabel import relabelled
 from gemopt.splits.senders import Senders
 from gemopt.splits.weights import carried_weights, suggest_weights
@@ -75,9 +76,14 @@ class Asked:
 
     def _needs_a_placement(self) -> None:
         for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if value not in (None, ()) and len(np.atleast_1d(np.asarray(value, dtype=object))):
-                raise InputError(name, value, "moves are counted from the placement in force", "give --current")
+            if self.given(name):
+                limit = "moves are counted from the placement in force"
+                raise InputError(name, getattr(self, name), limit, "give --current")
+
+    def given(self, name: str) -> bool:
+        """Whether the caller asked for something by this name."""
+        value = getattr(self, name)
+        return value not in (None, ()) and len(np.atleast_1d(np.asarray(value, dtype=object))) > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +168,17 @@ class Moving:
         """Whether several layers share a budget."""
         return self.current.num_layers > 1 and (self.budget is not None or self.into_G is not None)
 
+    @property
+    def together(self) -> Budget | None:
+        """What several layers share, if they do."""
+        return Budget(self.budget, self.into_G) if self.shared else None
+
+    def at_home(self, layers: Sequence[Problem]) -> list[Row] | None:
+        """The rows of the placement in force; None where some cannot stay as they are."""
+        rows = [home_row(layer, Moves(home_GE)) for layer, home_GE in zip(layers, self.resized.home_LGE, strict=True)]
+        found = [row for row in rows if row is not None]
+        return found if len(found) == len(rows) else None
+
     @cached_property
     def layer_limits(self) -> list[Moves]:
         """For each layer the price, and the limits that hold for it whatever the other layers do."""
@@ -226,10 +243,11 @@ class Moving:
             return 0
         return self.current.num_experts - int(slots.sum() if slots.ndim else slots * ranks)
 
-    def settled(self, rows: Sequence[Row], layers: Sequence[Problem]) -> list[Row]:
+    def settled(self, rows: Sequence[Row], layers: Sequence[Problem], *, linked: bool = False) -> list[Row]:
         """The rows with fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot.
 
-        Roles stay where each rank has a limit of its own, which other roles might break.
+        Roles stay where each rank has a limit of its own, which other roles might break, and where links tell ranks
+        apart (`linked`).
         """
         old_G, slots_G = self.resized.old_rank, self.current.slots_per_rank
         before_G = np.where(old_G < 0, 0, slots_G[old_G])
@@ -237,7 +255,7 @@ class Moving:
         for row_P, home_GE, wanted, problem in zip(
             self.current.physical_to_logical, self.resized.home_LGE, rows, layers, strict=True
         ):
-            named = wanted if self.into_G is not None else relabelled(problem, wanted, home_GE)
+            named = wanted if linked or self.into_G is not None else relabelled(problem, wanted, home_GE)
             parts = np.split(row_P, np.cumsum(slots_G)[:-1])
             before_P = np.concatenate([parts[rank] for rank in old_G if rank >= 0] or [row_P[:0]])
             result.append(named[keep_in_place(before_P, named, before_G, problem.slots_per_rank)])
@@ -273,13 +291,14 @@ class Moving:
             old_rank=self.resized.old_rank.tolist(),
         )
 
-    def before_us(self, traces: Traces, cost: CostModel, senders: Senders) -> float:
+    def before_us(self, traces: Traces, cost: CostModel, senders: Senders, links: Links | None) -> float:
         """Objective of the placement in force on the ranks that it was made for, under the same kind of cost model."""
         profile = self.measured
         if self.resized.changed:
             profile = profile.model_copy(update={"devices": profile.devices[: self.current.num_ranks]})
             cost = fit(profile, model=cost.name)[0]
-        return evaluate(self.current, profile, traces, cost=cost, senders=senders).objective_us
+        wired = {} if links is None else {"topology": links.topology, "exchange": links.exchange}
+        return evaluate(self.current, profile, traces, cost=cost, senders=senders, **wired).objective_us
 
 
 def limited(problem: Problem, most: int | None = None, most_into_G: NDArray[np.int64] | None = None) -> Problem:

@@ -47,8 +47,9 @@ def check_options(given: Mapping[str, Any]) -> Solver:
     if asked["certificate"] is not None:
         _check_certificate(asked["certificate"], "current" if current is not None else budget and "memory_budget")
     (moving if budget is None else Asked(**{**vars(moving), "expert_bytes": None})).check()
-    refuse_with_links(asked["topology"], current=current, memory_budget=budget, certificate=asked["certificate"])
-    _check_slack(asked.get("compute_slack"), asked["topology"], solver)
+    refuse_with_links(asked["topology"], memory_budget=budget, certificate=asked["certificate"])
+    _refuse_other_ranks(asked["topology"], moving)
+    _check_slack(asked.get("compute_slack"), asked["topology"], solver, moving)
     if asked["warm_start"] is not None and not solver.supports.improves:
         can = [name for name in names() if get(name).supports.improves]
         raise InputError("warm_start", solver.name, "a solver that starts from a placement", f"use {' or '.join(can)}")
@@ -86,7 +87,17 @@ def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
         raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
 
 
-def _check_slack(compute_slack: float | None, topology: object, solver: Solver) -> None:
+def _refuse_other_ranks(topology: object, moving: Asked) -> None:
+    """With a topology the ranks are those in force: what they took over the links of others is not known."""
+    for name in ("exclude_ranks", "add_ranks"):
+        if topology is not None and moving.given(name):
+            way_out = f"solve with {name} first, then from that placement with the topology"
+            raise UnsupportedError(
+                "topology", f"with {name}", "links join the ranks of the placement in force", way_out
+            )
+
+
+def _check_slack(compute_slack: float | None, topology: object, solver: Solver, moving: Asked) -> None:
     """Refuse a slack of compute without links to spare, or where the solver cannot spare them."""
     if compute_slack is None:
         return
@@ -94,6 +105,10 @@ def _check_slack(compute_slack: float | None, topology: object, solver: Solver) 
     check_number("compute_slack", compute_slack, limit, "0.005 is half a per cent", most=BELOW_1)
     if topology is None:
         raise InputError("compute_slack", compute_slack, "is given up for fewer bytes between nodes", "give a topology")
+    for name in ("move_price", "bandwidth", "max_moves", "max_moves_per_layer", "max_bytes_per_rank"):
+        if (value := getattr(moving, name)) is not None:
+            limit = "is found without a price or limits of moves"
+            raise UnsupportedError("compute_slack", f"{compute_slack} with {name} {value}", limit, "leave one out")
     if not solver.supports.fewest_bytes:
         limit = f"{solver.name} cannot search for fewest bytes between nodes"
         raise UnsupportedError("compute_slack", compute_slack, limit, f"use {' or '.join(that_can('fewest_bytes'))}")

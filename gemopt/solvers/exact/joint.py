@@ -21,6 +21,7 @@ from gemopt.exceptions import UnsupportedError
 from gemopt.latency import FloatArray, IntArray
 from gemopt.links import Links
 from gemopt.links.flows import Flow
+from gemopt.moves import Budget
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.compact import Compact
@@ -142,16 +143,32 @@ def _tokens(problems: Sequence[Problem], links: Links) -> int:
 
 @dataclass(frozen=True, eq=False)
 class JointCompact:
-    """All layers, one after the other in `held` [L * Q, G] and rows [L * P]; `overlap` as in `Exchange`."""
+    """All layers, one after the other in `held` [L * Q, G] and rows [L * P]; `overlap` as in `Exchange`.
+
+    most, most_into_G: moves of all layers together, in all and into each rank [G].
+    """
 
     layers: list[Compact]
     sendings: list[Sending]
     turns: int
     overlap: bool
+    most: IntArray
+    most_into_G: IntArray
+
+    @classmethod
+    def of(
+        cls, layers: list[Compact], sendings: list[Sending], turns: int, overlap: bool, budget: Budget | None
+    ) -> JointCompact:
+        """With the budget that layers share; more moves than slots are no limit."""
+        most_into_G = len(layers) * layers[0].slots_G
+        most, budget = np.array(most_into_G.sum()), budget or Budget()
+        most = most if budget.most is None else np.minimum(most, budget.most)
+        into_G = most_into_G if budget.most_into_G is None else np.minimum(most_into_G, budget.most_into_G)
+        return cls(layers, sendings, turns, overlap, most, into_G)
 
     def save(self, path: Path) -> None:
         """Write all arrays to one npz file."""
-        arrays: dict[str, Any] = {"overlap": self.overlap, "turns": self.turns}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("overlap", "turns", "most", "most_into_G")}
         for n, compact in enumerate(self.layers):
             arrays |= {f"layer {n} {name}": value for name, value in compact.arrays().items()}
         for n, sending in enumerate(self.sendings):
@@ -163,13 +180,15 @@ class JointCompact:
         """From what `save` wrote."""
         groups: dict[str, dict[int, dict[str, Any]]] = {"layer": {}, "sending": {}}
         overlap, turns = bool(arrays.pop("overlap")), int(arrays.pop("turns"))
+        most, most_into_G = arrays.pop("most"), arrays.pop("most_into_G")
         for key, value in arrays.items():
             kind, n, name = key.split(" ")
             groups[kind].setdefault(int(n), {})[name] = value
         layers, sent = ([group[n] for n in sorted(group)] for group in groups.values())
         for each in sent:
             each.update(layer=int(each["layer"]), follow_layer=int(each["follow_layer"]))
-        return cls([Compact.of_arrays(each) for each in layers], [Sending(**each) for each in sent], turns, overlap)
+        compacts = [Compact.of_arrays(each) for each in layers]
+        return cls(compacts, [Sending(**each) for each in sent], turns, overlap, most, most_into_G)
 
     @property
     def open_us(self) -> float:

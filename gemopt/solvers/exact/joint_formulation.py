@@ -48,6 +48,7 @@ class JointFormulation(Formulation):
         for sending in compact.sendings:
             for t in self.in_time(range(compact.num_steps)):
                 exchange[sending.layer, t].append(self._send(sending, t))
+        self._moves_are_limited_together()
         self.counted = self.excess
         if compact.overlap:
             self.counted = [self._longer(layer, t, times) for (layer, t), times in exchange.items()]
@@ -55,8 +56,17 @@ class JointFormulation(Formulation):
 
     @property
     def minimised(self) -> Terms:
-        """Excess and exchange of all steps and layers, or the longer of both."""
-        return [(variable, 1) for variable in self.counted]
+        """Excess and exchange of all steps and layers, or the longer of both, and the price of the moves."""
+        prices = [(moved, part.price_units) for part in self.parts if part.price_units for moved in part.moved()]
+        return [*((variable, 1) for variable in self.counted), *prices]
+
+    def _moves_are_limited_together(self) -> None:
+        """All layers receive no more experts than they share, in all and into each rank."""
+        every = range(len(self.joint.most_into_G))
+        for ranks, most in [(every, self.joint.most), *(([g], self.joint.most_into_G[g]) for g in every)]:
+            moved = [variable for part in self.parts for variable in part.moved(ranks)]
+            if len(moved) > most:
+                self.row([(variable, 1) for variable in moved], None, int(most))
 
     def _later(self, high: Any, start: Any) -> Any:
         """A time, which begins at `start`."""

@@ -13,8 +13,9 @@ from gemopt.evaluate import check, linked_total
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.links import Links
+from gemopt.moves import Budget
 from gemopt.problem import Problem
-from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, incumbent
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, incumbent, within_budget
 from gemopt.solvers.exact.compact import Compact
 from gemopt.solvers.exact.formulation import TOO_LATE
 from gemopt.solvers.exact.joint import JointCompact, Sending, sendings, turns_of
@@ -43,7 +44,7 @@ class JointSearch(Search):
             floors_LT = [timed_step_bounds(problem, stop)[0] for problem in problems]
         sent = sendings(links, len(problems), turns_of(problems[0]))
         row, value, base = np.concatenate(rows), linked_total(problems, rows, links), float(np.sum(floors_LT))
-        compact = _stated(problems, floors_LT, sent, links, value)
+        compact = _stated(problems, floors_LT, sent, links, value, options.budget)
         known = max(base, options.bound_us)
         search = cls(
             problems[0], options, problems[0], compact, row, value, known, value, history=[incumbent(value, known)],
@@ -66,24 +67,27 @@ class JointSearch(Search):
         except InputError:
             return
         value = linked_total(self.problems, rows, self.links)
-        if value < self.objective_us:
+        if value < self.objective_us and within_budget(self.problems, rows, self.options.budget):
             self.row, self.objective_us = row, value
             self.history.append(incumbent(value, self.bound_us))
 
     def stated_anew(self) -> Compact:
         """See `Search`."""
         assert self.links is not None
-        return _stated(self.problems, self.floors_LT, self.sendings, self.links, self.objective_us)
+        stated = self.floors_LT, self.sendings, self.links, self.objective_us, self.options.budget
+        return _stated(self.problems, *stated)
 
 
 def _stated(
-    problems: Sequence[Problem], floors_LT: list[FloatArray], sent: list[Sending], links: Links, value: float
-) -> Compact:
+    problems: Sequence[Problem], floors_LT: list[FloatArray], sent: list[Sending], links: Links, value: float,
+    budget: Budget | None,
+) -> Compact:  # fmt: skip
     """All layers, each with what is open between all floors and a placement; links tell equal ranks apart."""
     open_us = max(value - float(np.sum(floors_LT)), 0.0)
     layers = [Compact.of(problem, floor_T, open_us) for problem, floor_T in zip(problems, floors_LT, strict=True)]
     layers = [replace(layer, group_G=np.arange(layer.num_ranks)) for layer in layers]
-    return JointCompact(layers, sent, turns_of(problems[0]), links.exchange.overlap)  # type: ignore[return-value]
+    joint = JointCompact.of(layers, sent, turns_of(problems[0]), links.exchange.overlap, budget)
+    return joint  # type: ignore[return-value]
 
 
 def solve_joint(

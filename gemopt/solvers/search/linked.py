@@ -6,6 +6,8 @@ ranks renamed along the transitions. From each, every layer in turn takes the sw
 next layer's dispatch, until a sweep takes next to nothing. The best is then kicked: a few slots of one layer change
 places, or spare slots other copies, or, where senders follow experts, two ranks all they hold in a few layers in a row;
 what that changes for descends again. Last, copies are changed once more.
+Where moves cost or are limited, the first start is the placement in force, at a price that falls to what they cost, so
+that what gains most moves first. Kicks then also bring home what has moved, and other layers may use what that frees.
 All that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
 """
 
@@ -23,23 +25,26 @@ from scipy.optimize import linear_sum_assignment
 from gemopt.evaluate import linked_total
 from gemopt.links import Links
 from gemopt.links.flows import Flow
-from gemopt.migration import held
+from gemopt.moves import Budget
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
-from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded, within_limits
+from gemopt.solvers.base import Linked, Options, Row, beside, incumbent, seeded, within_budget
+from gemopt.solvers.nearest import home_row
 from gemopt.solvers.relabel import renamed
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked_copies import search_copies, walked
+from gemopt.solvers.search.linked_kicks import change_roles, kicked, limited
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
+from gemopt.solvers.search.terms import Terms, free_terms, make_terms
 
 EPSILON = 1e-6
 SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
 SWEEPS = 12  # over one layer before the next, and over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
-KICK = 3  # pairs of slots that change places
+FALLING = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # of a layer's cost: what a move must gain, beside its price
 HEATS = (0.1, 0.3, 0.03)  # of the cost: of rounds of annealing with spare slots, one after the other
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
 LEAST_STEPS = 16
@@ -47,10 +52,12 @@ Rows = list[Row]
 
 
 class Prelude(NamedTuple):
-    """A descent before: weight of makespans, and whether every byte counts instead of the fullest port's."""
+    """Descents before: weight of makespans, whether every byte counts instead of the fullest port's, and for one after
+    the other what a move must gain, of a layer's cost, beside its price."""
 
     compute: float
     even: bool
+    gains: tuple[float, ...] = (0.0,)
 
 
 PRELUDES = (Prelude(1.0, True), None, Prelude(0.0, False), Prelude(0.0, True))
@@ -69,36 +76,44 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
         found.stopped_by = options.cut_by
         return found
     sample = _sampled(problems, links, options.seed)
-    copies = problems[0].spare_slots > 0
+    copies, priced = problems[0].spare_slots > 0, any(problem.moves is not None for problem in problems)
     deadline = time.monotonic() + (SWAP_SHARE if copies else 1.0) * options.remaining
     with replace(options, deadline=deadline).alarm() as stop:
         starts: list[tuple[Rows, Prelude | None]] = [(rows, each) for each in PRELUDES]
         if links.coupled:
             starts.insert(0, (aligned(problems, links, rows), None))
+        if priced:
+            starts.insert(0, (_at_home(problems, rows), Prelude(1.0, False, FALLING)))
+            starts = [each for each in starts if within_budget(problems, each[0], options.budget)]
+            for home, _ in starts[:1]:
+                _offer(found, problems, links, home, options.budget)
         for given, prelude in starts[:1] if options.patience == 0 else starts:
             if stop[0]:
                 break
             start = given
             for some, some_links in (sample, (problems, links)):
                 if prelude is not None and start is given:
-                    before = Layers(some, replace(some_links, even=prelude.even, _cache={}), start, stop)
-                    before.settle(compute=prelude.compute)
+                    even_links = replace(some_links, even=prelude.even, _cache={})
+                    before = Layers(some, even_links, start, stop, options.budget)
+                    mean_us = found.total_us / problems[0].num_steps * some[0].num_steps / len(problems)
+                    for gain in prelude.gains:
+                        before.settle(compute=prelude.compute, least_us=gain * mean_us)
                     start = before.rows()
-                search = Layers(some, some_links, start, stop)
+                search = Layers(some, some_links, start, stop, options.budget)
                 search.settle()
                 start = search.rows()
                 if stop[0] or some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
                     break
-            _offer(found, problems, links, start)
+            _offer(found, problems, links, start, options.budget)
         _kick(found, problems, links, options, stop)
     if copies and not options.expired():
         changed = search_copies(problems, links, found.rows, options)
-        _offer(found, problems, links, changed)
+        _offer(found, problems, links, changed, options.budget)
         if not options.expired():
             with options.alarm() as stop:
-                search = Layers(problems, links, changed, stop)
+                search = Layers(problems, links, changed, stop, options.budget)
                 search.settle()
-                _offer(found, problems, links, search.rows())
+                _offer(found, problems, links, search.rows(), options.budget)
                 _kick(found, problems, links, options, stop)
     if options.expired():
         found.stopped_by = options.cut_by
@@ -128,9 +143,15 @@ def aligned(problems: Sequence[Problem], links: Links, rows: Rows) -> Rows:
     return found
 
 
-def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows) -> bool:
+def _at_home(problems: Sequence[Problem], rows: Rows) -> Rows:
+    """The rows of the placement in force, where they may be; else those given."""
+    homes = [None if each.moves is None else home_row(each, each.moves) for each in problems]
+    return [row if home is None else home for home, row in zip(homes, rows, strict=True)]
+
+
+def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows, budget: Budget | None) -> bool:
     value = linked_total(problems, rows, links)
-    if value >= found.total_us:
+    if value >= found.total_us or not within_budget(problems, rows, budget):
         return False
     found.rows, found.total_us = rows, value
     found.history.append(incumbent(value))
@@ -147,7 +168,7 @@ def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Opt
     ways = [
         "swaps",
         *["copies"] * (problems[0].spare_slots > 0),
-        *["roles"] * (links.coupled and problems[0].num_ranks > 1),
+        *["roles"] * (links.coupled and problems[0].num_ranks > 1 and not limited(problems, options.budget)),
     ]
     while idle < patience * len(ways) * len(problems) and not stop[0]:
         gap = relative_gap(found.total_us, options.bound_us)
@@ -157,47 +178,24 @@ def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Opt
         turn, rows, order = idle // len(problems), list(found.rows), [{layer}]
         way = ways[turn % len(ways)]
         if way == "roles":
-            order = [_change_roles(problems, rows, layer, draws)]
+            order = [change_roles(problems, rows, layer, draws)]
         elif way == "swaps":
-            rows[layer] = _kicked(problems[layer], rows[layer], draws)
+            rows[layer] = kicked(beside(problems, rows, layer, options.budget), rows[layer], draws)
         else:
             rows = walked(problems, links, rows, layer, draws, HEATS[turn // len(ways) % len(HEATS)], options)
         if links.coupled:
             order = [{layer - 1, layer + 1} & set(range(len(problems))), *order]
-        search = Layers(problems, links, rows, stop)
+        if options.budget is not None:
+            order.insert(0, {int(draws.integers(len(problems)))})
+        search = Layers(problems, links, rows, stop, options.budget)
         for due in order:
             search.settle(due)
             for n in due if way == "copies" else ():
-                search = Layers(problems, links, search_copies(problems, links, search.rows(), options, n), stop)
+                changed = search_copies(problems, links, search.rows(), options, n)
+                search = Layers(problems, links, changed, stop, options.budget)
         rows = search.rows()
-        idle = 0 if _offer(found, problems, links, rows) else idle + 1
+        idle = 0 if _offer(found, problems, links, rows, options.budget) else idle + 1
         layer = (layer + 1) % len(problems)
-
-
-def _change_roles(problems: Sequence[Problem], rows: Rows, layer: int, draws: np.random.Generator) -> set[int]:
-    """Let two ranks hold what the other holds in one layer or a few in a row; returns the layers to look at."""
-    end = min(len(rows), layer + int(draws.geometric(0.5)))
-    a, b = draws.permutation(problems[0].num_ranks)[:2]
-    for n in range(layer, end):
-        slots_a, slots_b = (draws.permutation(np.flatnonzero(problems[n].rank_of_slot == rank)) for rank in (a, b))
-        both = min(len(slots_a), len(slots_b))
-        rows[n] = exchanged(problems[n], rows[n], np.stack([slots_a[:both], slots_b[:both]]))
-    return set(range(max(0, layer - 1), min(len(rows), end + 1)))
-
-
-def _kicked(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
-    """A row with a few pairs of slots, drawn at random, in each other's place, as far as that may be."""
-    for _ in range(KICK):
-        row = exchanged(problem, row, draws.permutation(len(row))[:2])
-    return row
-
-
-def exchanged(problem: Problem, row: Row, pair: NDArray[np.int64]) -> Row:
-    """A row with two slots, or [2, N] pairs of them, in each other's place; as it is where that may not be."""
-    tried = row.copy()
-    tried[pair] = row[pair[::-1]]
-    once = held(tried, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
-    return tried if once and within_limits(problem, tried) else row
 
 
 def _sampled(problems: Sequence[Problem], links: Links, seed: int) -> tuple[Sequence[Problem], Links]:
@@ -208,14 +206,28 @@ def _sampled(problems: Sequence[Problem], links: Links, seed: int) -> tuple[Sequ
     if 2 * keep > steps:
         return problems, links
     chosen = np.sort(seeded(seed, steps).choice(steps, keep, replace=False))
-    return [problem.select(chosen) for problem in problems], links.on(links.traces.steps(chosen))
+    some = [problem.select(chosen) for problem in problems]
+    for n, moves in enumerate(problem.moves for problem in problems):
+        if moves is not None:
+            some[n] = some[n].with_moves(replace(moves, price_us=moves.price_us * keep / steps))
+    return some, links.on(links.traces.steps(chosen))
 
 
 class Layers:
-    """All layers under search. Items are what slots held at the beginning, see `streams`."""
+    """All layers under search. Items are what slots held at the beginning, see `streams`.
 
-    def __init__(self, problems: Sequence[Problem], links: Links, rows: Rows, stop: NDArray[np.uint8]) -> None:
-        self.problems, self.links, self.stop = problems, links, stop
+    The rows keep to the limits of moves, and swaps do so as well. moved: by layer, [G] moves into each rank at present.
+    """
+
+    def __init__(
+        self, problems: Sequence[Problem], links: Links, rows: Rows, stop: NDArray[np.uint8],
+        budget: Budget | None = None,
+    ) -> None:  # fmt: skip
+        self.problems, self.links, self.stop, self.budget = problems, links, stop, budget
+        self.moved = [
+            np.zeros(each.num_ranks, np.int64) if each.moves is None else each.moves.into(row, each.slots_per_rank)
+            for each, row in zip(problems, rows, strict=True)
+        ]
         self.costs: list[Costs] = [make_costs(problem) for problem in problems]
         self.states: dict[int, State] = {}
         self.item_LP = [np.where(row != EMPTY, np.arange(len(row)), -1) for row in rows]
@@ -261,7 +273,7 @@ class Layers:
             self.states[layer] = make_state(self.problems[layer], self.begun[layer], self.costs[layer], self.stop)
         return self.states[layer]
 
-    def settle(self, due: set[int] | None = None, *, compute: float = 1.0) -> None:
+    def settle(self, due: set[int] | None = None, *, compute: float = 1.0, least_us: float = 0.0) -> None:
         """Sweeps over layers that something changed for, at first all or those due, until one takes next to nothing."""
         due, most = set(range(len(self.problems)) if due is None else due), None
         for _ in range(SWEEPS):
@@ -270,7 +282,7 @@ class Layers:
                 due.remove(layer)
                 if self.stop[0]:
                     return
-                swaps, more = self.layer(layer, compute=compute)
+                swaps, more = self.layer(layer, compute=compute, least_us=least_us)
                 due |= {layer} if more else set()
                 if swaps and self.links.coupled:
                     due |= {layer - 1, layer + 1} & set(range(len(self.problems)))
@@ -279,16 +291,27 @@ class Layers:
             if taken <= FEW * most:
                 return
 
-    def layer(self, layer: int, *, compute: float = 1.0) -> tuple[int, bool]:
-        """Swaps taken of one layer, and whether there may be more."""
+    def layer(self, layer: int, *, compute: float = 1.0, least_us: float = 0.0) -> tuple[int, bool]:
+        """Swaps taken of one layer, and whether there may be more. least_us: as in `terms`."""
+        terms, moved_G = self.terms(layer, least_us), self.moved[layer]
         around = (self.state(layer), self.item_LP[layer], self.rank_LQ[layer], *self.around(layer, compute))
         total = taken = 0
         for _ in range(SWEEPS):
-            taken = int(sweep_linked(self.costs[layer], *around, EPSILON))
+            taken = int(sweep_linked(self.costs[layer], *around, terms, moved_G, EPSILON))
             total += taken
             if not taken:
                 break
         return total, taken > 0
+
+    def terms(self, layer: int, least_us: float) -> Terms:
+        """What moves of a layer cost, and `least_us` that each must gain beside, within what the others leave."""
+        problem = self.problems[layer]
+        if problem.moves is None:
+            return free_terms(problem)
+        moves = replace(problem.moves, price_us=problem.moves.price_us + least_us)
+        if self.budget is not None:
+            moves = self.budget.beside(moves, np.sum(self.moved, axis=0) - self.moved[layer])
+        return make_terms(problem, moves)
 
     def around(
         self, layer: int, compute: float

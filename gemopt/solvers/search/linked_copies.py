@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.evaluate import rank_times
+from gemopt.evaluate import moves_us, rank_times
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import LayerRules
 from gemopt.links import Links
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
-from gemopt.solvers.base import Options, Row
+from gemopt.solvers.base import Options, Row, beside, within_limits
 from gemopt.solvers.search.sharing_walk import SharingWalk
 
 FEW = 8  # experts that are tried in a slot
@@ -45,11 +45,12 @@ def _better(problems: Sequence[Problem], links: Links, rows: list[Row], layer: i
         return None
     touched = range(layer, min(layer + 1 + links.coupled, len(rows)))
     goal = sum(_cost(problems, links, rows, n) for n in touched) * (1 - EPSILON)
-    for row in _changes(problems[layer], rows[layer]):
+    own = beside(problems, rows, layer, options.budget)
+    for row in _changes(own, rows[layer]):
         if options.expired():
             return None
         tried = [*rows[:layer], row, *rows[layer + 1 :]]
-        if sum(_cost(problems, links, tried, n) for n in touched) < goal:
+        if within_limits(own, row) and sum(_cost(problems, links, tried, n) for n in touched) < goal:
             return row
     return None
 
@@ -66,23 +67,26 @@ def walked(
     tokens = links.traces.tokens
     size = int((links.traces.counts[:, layer] > 0).sum()) if tokens is None else len(tokens.step_of_token)
     tries, touched = min(MOST_TRIES, WORK // max(1, size)), range(layer, min(layer + 1 + links.coupled, len(rows)))
+    own = beside(problems, rows, layer, options.budget)
     if tries < len(rows[layer]) ** 2:
-        return [*rows[:layer], recopied(problems[layer], rows[layer], draws), *rows[layer + 1 :]]
+        return [*rows[:layer], recopied(own, rows[layer], draws), *rows[layer + 1 :]]
 
     def cost(row: Row, _: NDArray[np.int64]) -> tuple[FloatArray, NDArray[np.int64]]:
         tried = [*rows[:layer], row, *rows[layer + 1 :]]
         cost_T = np.sum([_cost_T(problems, links, tried, n) for n in touched], axis=0)
-        return cost_T, rank_times(problems[layer], row).argmax(axis=1)
+        cost_T += moves_us(own, row) / own.weights_T.sum()
+        return cost_T, rank_times(own, row).argmax(axis=1)
 
-    walk = SharingWalk(problems[layer], rows[layer], draws, cost, hot)
+    walk = SharingWalk(own, rows[layer], draws, cost, hot)
     walk.round = tries
     row = walk.best if walk.walk(tries, options.expired) else walk.row
     return [*rows[:layer], row, *rows[layer + 1 :]]
 
 
 def _cost(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int) -> float:
-    """Microseconds of one layer, over all steps."""
-    return float(problems[layer].weights_T @ _cost_T(problems, links, rows, layer))
+    """Microseconds of one layer, over all steps, and of its moves."""
+    found_us = float(problems[layer].weights_T @ _cost_T(problems, links, rows, layer))
+    return found_us + moves_us(problems[layer], rows[layer])
 
 
 def _cost_T(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int) -> FloatArray:
@@ -104,7 +108,8 @@ def recopied(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
         slot = int(draws.choice(spare))
         open_ = np.flatnonzero(~_barred_EG(problem, row)[:, ranks[slot]])
         choices = open_ if problem.full else np.append(open_, EMPTY)
-        row[slot] = draws.choice(choices) if len(choices) else row[slot]
+        tried = _with(row, slot, draws.choice(choices)) if len(choices) else row
+        row = tried if within_limits(problem, tried) else row
     return row
 
 

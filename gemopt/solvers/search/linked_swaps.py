@@ -18,6 +18,7 @@ from gemopt.solvers.search.state import Array, Costs, Number, State, rank_times
 from gemopt.solvers.search.stream_swaps import commit, forget, list_swap, to_ports
 from gemopt.solvers.search.streams import Scratch, Stream, set_times
 from gemopt.solvers.search.swaps import apply_swap
+from gemopt.solvers.search.terms import Terms, extra_moves, permitted
 
 
 class Price(NamedTuple):
@@ -175,11 +176,12 @@ def take_swap(
 @njit(cache=True, nogil=True)
 def sweep_linked(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
-    scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, epsilon: float,
+    scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, terms: Terms, moved_G: Array, epsilon: float,
 ) -> int:  # fmt: skip
     """Take every swap that lowers the cost of this layer (and the next one's dispatch); returns the swaps taken.
 
     streams: own dispatch (with combine where senders stay), own combine, the next layer's dispatch; two may be empty.
+    moved_G: [G] moves into each rank, brought up to date; each swap pays for its own, and keeps to their limits.
     item_P: [P] item in each slot, -1 for none. rank_Q: [Q] rank of each item. Promises are those at the beginning, so a
     sweep that takes nothing has left out no swap that would gain.
     """
@@ -197,7 +199,13 @@ def sweep_linked(
                         return taken
                     if not allowed(state, a, b, i, j):
                         continue
-                    x, y, least, goal = item_P[i], item_P[j], base, current * (1.0 - epsilon)
+                    into_a, into_b = extra_moves(state, terms, a, b, i, j)
+                    if (into_a > 0 or into_b > 0) and not permitted(
+                        terms, moved_G.sum(), moved_G, a, b, into_a, into_b
+                    ):
+                        continue
+                    goal = current * (1.0 - epsilon) - terms.price * (into_a + into_b)
+                    x, y, least = item_P[i], item_P[j], base
                     least += (moved[x, b] if x >= 0 else 0.0) + (moved[y, a] if y >= 0 else 0.0)
                     if least >= goal:
                         continue
@@ -210,5 +218,7 @@ def sweep_linked(
                         continue
                     take_swap(costs, state, item_P, rank_Q, streams, scratches, a, b, i, j, YES)
                     current = cost
+                    moved_G[a] += into_a
+                    moved_G[b] += into_b
                     taken += 1
     return taken

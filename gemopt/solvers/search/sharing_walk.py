@@ -20,7 +20,7 @@ from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import held
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
-from gemopt.solvers.base import Row
+from gemopt.solvers.base import Row, within_limits
 from gemopt.solvers.search.sharing_draws import AT_A_GLANCE, FROM_SLOWEST
 from gemopt.splits.flow import copies_of
 from gemopt.splits.optimal import feature_table
@@ -190,7 +190,7 @@ class SharingWalk(Walk):
         if (row == self.row).all() or (problem.full and (row == EMPTY).any()):
             return False
         once = held(row, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
-        return bool(once) and (problem.rules is None or not problem.rules.broken(row, problem.slots_per_rank))
+        return bool(once) and within_limits(problem, row)
 
 
 def _by_policy(problem: Problem) -> Cost:
