@@ -23,7 +23,8 @@ from gemopt.solvers.exact.joint import check_stated
 from gemopt.solving.layers import Coupling, Layer
 from gemopt.solving.moving import Moving
 from gemopt.solving.rounds import solve_shared
-from gemopt.solving.schedule import SCORE_SHARE, Run
+from gemopt.solving.schedule import Run
+from gemopt.solving.shares import SCORE_SHARE
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 

@@ -22,6 +22,7 @@ from gemopt.solvers.search.packing import filled
 from gemopt.splits.rules import even_weights
 from gemopt.splits.weights import remember_weights
 
+ROUNDING = 1e-9
 SEEDS = 1_000_003  # from one search of a layer to the next
 
 
@@ -30,6 +31,11 @@ class Standing(NamedTuple):
 
     objective_us: float | None
     bound_us: float
+
+    @property
+    def open_us(self) -> float:
+        """Microseconds between the two; infinite without a placement."""
+        return np.inf if self.objective_us is None else max(0.0, self.objective_us - self.bound_us)
 
 
 @dataclass
@@ -112,6 +118,16 @@ class Layer:
         elif found is not None:
             self.contents = max(self.contents or found, found, key=lambda each: each.bound_us)
         self.bound_us = max(self.bound_us, 0.0 if found is None else found.bound_us)
+
+    def keep(self, first: Outcome) -> None:
+        """What an earlier call of the solver proved, where it is more and no placement refutes it; it did run."""
+        now = self.outcome
+        assert now is not None
+        now.reached, now.start_us = now.reached or first.reached, first.start_us
+        value, known = value_of(now), -np.inf if first.bound_us is None else first.bound_us
+        if value is not None and (now.bound_us or 0.0) < known <= value * (1 + ROUNDING):
+            for name in ("bound_us", "own_bound_us", "columns", "searched_nodes", "note"):
+                setattr(now, name, getattr(first, name))
 
     def again(self, number: int) -> Layer:
         """The same layer with the same answer, to be searched from another seed, and that alone."""

@@ -2,7 +2,8 @@
 
 A layer's share of a phase is what is left of it over the layers still to come, so time that one does not need goes to
 the others; the co-location bound takes the layers where most is open first, and lends them what others are due where it
-gains faster. Workers beyond one per layer search it again from other seeds. Nothing here knows a solver by more than
+gains faster. What layers proven early leave goes to those cut by the time where most is open. Workers beyond one per
+layer search it again from other seeds. Nothing here knows a solver by more than
 its name and what it supports.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from gemopt import cores
 from gemopt.bounds import copies_proof, spread_bounds, timed_step_bounds, together_bound, weighted
-from gemopt.evaluate import objective, total
+from gemopt.evaluate import total
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get, hurried
@@ -29,6 +30,7 @@ from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incu
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
+from gemopt.solving.shares import once_more, scoring_s
 from gemopt.solving.turns import bounding, in_turns, instead, lent, priced
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
@@ -37,11 +39,10 @@ WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts 
 VAIN = 4  # layers in a row where the co-location bound stays at the floors: it is left out for the others
 PAIRS_SHARE = 0.1  # of a layer's time for bounds is the co-location bound's at most, where contents are priced after it
 BALANCE_SHARE = 0.2  # of a layer's time, at most, for balancing what rules are about
-SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
-LENDING = ("_together", "_deepen")
-ON_CLUSTER = ("_answer", "_bound", "_together", "_deepen")  # phases that a cluster does, if one is in force
+LENDING = ("_together", "_deepen", "_again")
+ON_CLUSTER = ("_answer", "_bound", "_together", "_deepen", "_again")  # phases that a cluster does, if one is in force
 
 Progress = Callable[[int, int], None]
 OnLayers = Callable[[list[Standing]], None]
@@ -85,7 +86,7 @@ class Run:
 
     def go(self) -> None:
         """Solve all layers; on an interrupt, every layer still ends with what it has."""
-        self.end = end = self.clock + self.time_limit - self._scoring()
+        self.end = end = self.clock + self.time_limit - scoring_s(self.layers, self.time_limit)
         left = max(0.0, end - time.monotonic())
         share = max(1, self.threads // len(self.layers))
         with ThreadPoolExecutor(self.threads, initializer=cores.in_this_thread, initargs=(share,)) as pool:
@@ -100,16 +101,6 @@ class Run:
                 self._bound_together(pool, min(end, now + rest))
                 self._search(pool, end)
             self._phase(pool, "_bound", end)
-
-    def _scoring(self) -> float:
-        """Seconds to keep for scoring the answer of all layers, from how long one takes."""
-        first = self.layers[0]
-        row = get("linear").solve(first.problem, self._options(first, np.inf), None).row
-        assert row is not None
-        objective(first.problem, row)  # computes features once, which the search needs as well
-        begin = time.monotonic()
-        objective(first.problem, row)
-        return min(SCORE_SHARE * self.time_limit, 1.5 * len(self.layers) * (time.monotonic() - begin))
 
     def _phase(self, pool: ThreadPoolExecutor, work: str, end: float, layers: Sequence[Layer] | None = None) -> None:
         """Do something to every layer, each with its share of the time until `end`; one work may lend more."""
@@ -166,10 +157,7 @@ class Run:
         """Do a phase's work on one layer, and add the seconds it took to the layer's."""
         begin = time.monotonic()
         share_s, left_s = times()
-        if work in LENDING:
-            getattr(self, work)(layer, begin + share_s, begin + left_s)
-        else:
-            getattr(self, work)(layer, begin + share_s)
+        getattr(self, work)(layer, *(begin + each for each in ((share_s, left_s) if work in LENDING else (share_s,))))
         layer.seconds += time.monotonic() - begin
 
     def _on_cluster(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[bool, None, None]:
@@ -283,13 +271,19 @@ class Run:
                 layer.prove(instead(layer, contents).run(stop))
 
     def _search(self, pool: ThreadPoolExecutor, end: float) -> None:
-        """Deeper searches; with more workers than layers each from several seeds, of which the best counts."""
-        more = 0 if self._proves(self.layers[0]) or self.patience == 0 else self.workers // len(self.layers) - 1
+        """Deeper searches; with more workers than layers each from several seeds, of which the best counts.
+        Proofs, which end at any time, begin where least is open."""
+        proves = self._proves(self.layers[0])
+        more = 0 if proves or self.patience == 0 else self.workers // len(self.layers) - 1
         others = [(layer, layer.again(number)) for number in range(1, 1 + more) for layer in self.layers]
-        layers = sorted(self.layers, key=lambda layer: -layer.open_us)
+        layers = sorted(self.layers, key=lambda layer: layer.open_us if proves else -layer.open_us)
         self._phase(pool, "_deepen", end, [*layers, *(other for _, other in others)])
         for layer, other in others:
             layer.take(other)
+        left = layers
+        while chosen := once_more(left, self.gap, end - time.monotonic(), self.workers, self.interrupted.is_set()):
+            self._phase(pool, "_again", end, chosen)
+            left = [layer for layer in left if all(layer is not each for each in chosen)]
 
     def _proves(self, layer: Layer) -> bool:
         """Whether the solver tries a proof of its own."""
@@ -305,7 +299,8 @@ class Run:
         deadline = lent(layer, deadline, end) if self._goes_on(layer) else deadline
         options, first = self._options(layer, deadline), layer.outcome
         assert first is not None
-        if self.patience == 0 and not self.solver.supports.proves and not _cut(first):
+        cut = first.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
+        if self.patience == 0 and not self.solver.supports.proves and not cut:
             return
         if options.expired():
             first.stopped_by = options.cut_by
@@ -321,6 +316,14 @@ class Run:
                 lambda turn: self._search_on(layer, turn),
                 self.gap,
             )
+
+    def _again(self, layer: Layer, deadline: float, end: float) -> None:
+        """Search a layer once more, from its answer; what was proven of it before still holds."""
+        first = layer.outcome
+        if first is not None and not self._options(layer, deadline).expired():
+            first = replace(first)
+            self._deepen(layer, deadline, end)
+            layer.keep(first)
 
     def _search_on(self, layer: Layer, options: Options) -> None:
         """The solver, from where the layer stands."""
@@ -344,7 +347,3 @@ def _on_worker(
     with cores.at_most(1), hurried.call(time.monotonic() + left_s, lambda: False):
         Run(solver, [layer], time.monotonic(), times[1], gap, patience)._timed(layer, work, lambda: times)
     return number, packed((layer, time.monotonic()), problem)
-
-
-def _cut(outcome: Outcome) -> bool:
-    return outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
