@@ -24,7 +24,7 @@ from gemopt.links import Links
 from gemopt.links.flows import Flow
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Row, incumbent, seeded
+from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
 from gemopt.solvers.search.annealing import Front, Trade, anneal
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked import Layers
@@ -46,7 +46,7 @@ LEAST_GAIN = 1e-9
 def search_fewest(problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
     """Lower the bytes between nodes of a placement; its makespans grow by at most `options.compute_slack` of them.
 
-    `options.patience` as in `search_linked`; 0: descents and one round. Copies stay as they are. Only what needs no
+    `options.patience`: of rounds, as of kicks in `search_linked`; 0: descents and one round. Copies stay as they are. Only what needs no
     longer to compute than allowed is taken.
     """
     search = _Fewest([settled(problem, row) for problem, row in zip(problems, rows, strict=True)], links, rows, options)
@@ -107,7 +107,7 @@ class _Fewest:
         """Descents, then rounds until too many in a row bring no gain."""
         if self.least == 0 or stop[0]:
             return
-        patience = DEFAULT_PATIENCE if self.options.patience is None else self.options.patience
+        patience = np.inf if self.options.patience is None else self.options.patience
         self._descend(stop)
         if stop[0]:
             return
@@ -116,7 +116,7 @@ class _Fewest:
             _Point(objective(problem, row), search.loads(layer, self.ports), row)
             for layer, (problem, row) in enumerate(zip(self.problems, search.begun, strict=True))
         ]
-        while not stop[0]:
+        while self.least > 0 and not stop[0]:
             before, spread = self.least, SPREAD ** self.draws.uniform(-1.0, 1.0)
             each = self._in_turn if self.links.coupled else self._by_itself
             compute_us = each(search, price * spread / self.most_us, length, stop)

@@ -19,7 +19,7 @@ from gemopt.moves import Moves
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, within_limits
+from gemopt.solvers.base import Options, Outcome, Row, within_limits
 from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.best import Best
@@ -147,8 +147,7 @@ class _Search(Best):
         """A placement that heeds no moves, from a share of the time."""
         options = self.options
         deadline = time.monotonic() + FREE_SHARE * options.remaining
-        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
-        given = replace(options, deadline=deadline, patience=patience, begun=None)
+        given = replace(options, deadline=deadline, begun=None)
         outcome = self.free(self.problem.with_moves(None), given, None)
         assert outcome.row is not None
         return outcome.row
