@@ -200,9 +200,8 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
     slowest_three(state.times, values, ranks)
     slowest_G, clock = np.empty(num_ranks, np.bool_), 1
     mark_slowest(ranks, slowest_G)
-    changed_at = dirty.astype(np.int64)
+    changed_at, everything = dirty.astype(np.int64), False
     tried_at = np.zeros((num_ranks, num_ranks), np.int64)
-    everything = False
     while True:
         improved = False
         for a in range(num_ranks):
@@ -221,12 +220,9 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
                     mark_slowest(ranks, slowest_G)
                     changed_at[a] = changed_at[b] = clock
                     improved = True
-        if improved:
-            everything = False
-        elif everything or not full:
+        if not improved and (everything or not full):
             return total_cost(state)
-        else:
-            everything = True
+        everything = not improved
 
 
 def descend_all(costs: Costs, state: State, full: bool) -> float:
