@@ -81,7 +81,8 @@ def answer(
     base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
     report_of_moves = None
     if moving is not None and rows is not None and value is not None:
-        before_us = moving.before_us(traces, cost, senders, run.coupling and run.coupling.links)
+        links = None if run.coupling is None else run.coupling.links
+        before_us = moving.before_us(traces, cost, senders, links)
         report_of_moves = moving.report(rows, problems, value, before_us)
     return Result(
         solver=run.solver.name,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -297,7 +298,7 @@ class Moving:
         if self.resized.changed:
             profile = profile.model_copy(update={"devices": profile.devices[: self.current.num_ranks]})
             cost = fit(profile, model=cost.name)[0]
-        wired = {} if links is None else {"topology": links.topology, "exchange": links.exchange}
+        wired: dict[str, Any] = {} if links is None else {"topology": links.topology, "exchange": links.exchange}
         return evaluate(self.current, profile, traces, cost=cost, senders=senders, **wired).objective_us
 
 

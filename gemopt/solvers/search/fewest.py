@@ -46,8 +46,8 @@ LEAST_GAIN = 1e-9
 def search_fewest(problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
     """Lower the bytes between nodes of a placement; its makespans grow by at most `options.compute_slack` of them.
 
-    `options.patience`: of rounds, as of kicks in `search_linked`; 0: descents and one round. Copies stay as they are. Only what needs no
-    longer to compute than allowed is taken.
+    `options.patience`: of rounds, as of kicks in `search_linked`; 0: descents and one round. Copies stay as they are.
+    Only what needs no longer to compute than allowed is taken.
     """
     search = _Fewest([settled(problem, row) for problem, row in zip(problems, rows, strict=True)], links, rows, options)
     with options.alarm() as stop:
