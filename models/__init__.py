@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ __all__ = [
     "describe",
     "family",
     "find_moe_layers",
+    "model_path",
     "num_hidden_layers",
     "renamed",
     "tensor_role",
@@ -44,6 +46,12 @@ __all__ = [
 def tiny_moe_path() -> Path:
     """Folder of the small trained network shipped with gemopt, for transformers' `from_pretrained`."""
     return Path(__file__).parent / "tiny_moe"
+
+
+def model_path(model: str | os.PathLike[str]) -> str:
+    """What a user called a network: its path or hub name as it is, `tiny-moe` the folder of the one shipped."""
+    name = os.fspath(model)
+    return str(tiny_moe_path()) if name == TINY_MOE and not Path(name).exists() else name
 
 
 def __getattr__(name: str) -> Any:

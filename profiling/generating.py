@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 from safetensors import SafetensorError
 
 from gemopt.documents import foreign, read_bytes
-from gemopt.models import TINY_MOE, auto_class, tiny_moe_path
+from gemopt.models import TINY_MOE, auto_class, model_path
 from gemopt.profiling.tracing import HiddenSample, Tracer
 from gemopt.profiling.tracing.hidden import hidden_bytes
 from gemopt.traces import Traces, hidden_path
@@ -97,7 +97,7 @@ def load_model(model: str, *, device: str | None = None) -> tuple[Any, Any]:
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    name = str(tiny_moe_path()) if model == TINY_MOE and not Path(model).exists() else model
+    name = model_path(model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = device or default_device()
     options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32 if device == "cpu" else "auto"}

@@ -135,9 +135,10 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
     """
     from transformers import AutoConfig
 
-    from gemopt.models import auto_class, describe, family, find_moe_layers
+    from gemopt.models import auto_class, describe, family, find_moe_layers, model_path
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line at the end, not one for each retry
+    path = model_path(path)
     try:
         _ask_once(path)
         config: Any = AutoConfig.from_pretrained(path)

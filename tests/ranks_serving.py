@@ -175,9 +175,22 @@ def refuse(rank, world, family):
     executor.budget_bytes = None
     unchanged = executor.checksum() == before
     attempt("good", good)
-    try:
-        model.state_dict()
-        said["state dict"] = "accepted"
-    except InputError as error:
-        said["state dict"] = str(error)
-    return {"said": said, "unchanged": unchanged}
+    experts = {name: weight for name, weight in model.named_parameters() if ".experts." in name}
+    rest = {name: weight for name, weight in model.named_parameters() if ".experts." not in name}
+    saving = {
+        "state dict": model.state_dict,
+        "experts loaded": lambda: model.load_state_dict(experts, strict=False),
+        "others loaded": lambda: model.load_state_dict(rest, strict=False),
+    }
+    for name, call in saving.items():
+        try:
+            call()
+            said[name] = "accepted"
+        except InputError as error:
+            said[name] = str(error)
+    with torch.no_grad():
+        executor.layers[1].weights()["down_proj"].mul_(2)
+    attempt("weights changed", random_placement(2, 8, ids, slots))
+    model.to(torch.bfloat16)
+    attempt("weights cast", random_placement(2, 8, ids, slots))
+    return {"said": said, "unchanged": unchanged, "layers": list(executor.layer_ids)}

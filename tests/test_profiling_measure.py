@@ -146,6 +146,12 @@ def test_a_models_own_experts_run_with_the_experts_of_one_rank(model_type: str, 
     assert out.shape == (10, 32) and torch.isfinite(out).all()
 
 
+def test_the_network_that_comes_with_gemopt_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("asked the hub"))
+    assert from_model("tiny-moe", Device("cpu"), ep_size=2, rank=1).shape.num_local_experts == 32
+
+
 def test_blocks_are_summarised_by_median_and_spread() -> None:
     clock = iter([4.0, 4.2, 100.0, 4.1, 3.9])
     asked: list[float] = []

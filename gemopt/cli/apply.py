@@ -61,6 +61,7 @@ def apply(
     Without --dry-run, start it on every rank.
     """
     from gemopt.costs import fit
+    from gemopt.models import model_path
     from gemopt.placement import Placement, Split
     from gemopt.profile import Profile
 
@@ -75,7 +76,7 @@ def apply(
         refuse_unused({"--profile": profile}, "for ranks that serve copies under the optimal split")
     if model is not None:
         refuse_unused({"--expert-bytes": expert_bytes}, "without --model, whose experts have their own size")
-        model = _folder(model)
+        model = Path(model_path(model))
     if dry_run:
         steps = dry_plan(wanted, current, model, parse_bytes(expert_bytes), ranks_per_node, budget_bytes)
         _show(describe(steps, node_gbps, cross_gbps), as_json, "would move")
@@ -102,13 +103,6 @@ def apply(
             report = _apply_live(placement, current, model, layout, settings, (node_gbps, cross_gbps))
         if int(os.environ.get("RANK", "0")) == 0:
             _show(report, as_json, "loaded" if at_load else "moved")
-
-
-def _folder(model: Path) -> Path:
-    """Of the network that comes with gemopt, by its name; else what was given."""
-    from gemopt.models import TINY_MOE, tiny_moe_path
-
-    return tiny_moe_path() if str(model) == TINY_MOE and not model.exists() else model
 
 
 def dry_plan(

@@ -150,9 +150,11 @@ def _approximated(
 def _permuted(placement: Placement, source: Path | None, path: Path) -> Export:
     from gemopt.executor.checkpoint import export_checkpoint, unnamed_weights
     from gemopt.formats.engine import Export
+    from gemopt.models import model_path
 
     if source is None:
         raise InputError("--source", None, "the folder of the checkpoint to permute", "give --source CHECKPOINT")
+    source = Path(model_path(source))
     with shown("files of weights") as progress:
         export_checkpoint(placement, source, path, progress=progress)
     notes = [f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."]

@@ -27,7 +27,7 @@ from gemopt.executor.memory import free_bytes
 from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum
 from gemopt.executor.runner import Event, MigrationError, StageRunner
 from gemopt.executor.splits import check_cost, check_split, digest
-from gemopt.executor.transfer import canaries, wrong_rows
+from gemopt.executor.transfer import canaries
 from gemopt.migration import BATCH_BYTES
 from gemopt.placement import EMPTY, GivenPlacement, Placement, Split
 from gemopt.splits.rules import even_weights
@@ -243,6 +243,7 @@ class Executor:
                 raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
             placement = Placement.of(given)
             steps, fields = self.plan(placement), _kept_fields(placement)
+            self._check_weights(steps)
             self._check_memory(steps, batch_bytes)
             found.append((steps, fields))
             return {
@@ -269,6 +270,16 @@ class Executor:
             word = {"error": [field, f"{type(error).__name__}: {error}", "it could not be looked at", ""]}
         refuse_together([json.loads(other) for other in self._runner.exchange("check", json.dumps(word))])
 
+    def _check_weights(self, steps: Plan) -> None:
+        for layer in sorted({stage.layer for stage in steps.stages}):
+            if wrong := self.layers[layer].wrong():
+                raise InputError(
+                    "model",
+                    f"other weights of experts {wrong} in layer {self.layer_ids[layer]} than when it got an Executor",
+                    "what moves must be what was loaded",
+                    "load it anew, and cast or change its weights before it gets an Executor",
+                )
+
     def _check_memory(self, steps: Plan, batch_bytes: int) -> None:
         free, needed = free_bytes(self.layers[0].device), steps.buffer_bytes(batch_bytes)
         if free is not None and needed > free:
@@ -287,16 +298,9 @@ class Executor:
         MigrationError
             Naming the layer and the experts.
         """
-        for layer, dispatch in enumerate(self.layers):
-            assert dispatch.canaries is not None
-            start = int(dispatch.row.slots_per_rank[: self.rank].sum())
-            mine = dispatch.row.row_P[start : start + int(dispatch.row.slots_per_rank[self.rank])]
-            held = {row: int(expert) for row, expert in enumerate(mine) if expert != EMPTY}
-            wrong = wrong_rows(dispatch.weights(), held, dispatch.canaries)
-            if wrong:
-                raise MigrationError(
-                    "verify", [self.layer_ids[layer]], {self.rank: f"wrong weights of {wrong}"}, self.checksum()
-                )
+        for layer, dispatch in zip(self.layer_ids, self.layers, strict=True):
+            if wrong := dispatch.wrong():
+                raise MigrationError("verify", [layer], {self.rank: f"wrong weights of {wrong}"}, self.checksum())
 
     @torch.no_grad()
     def _probe(self, probe: Probe) -> Tensor:

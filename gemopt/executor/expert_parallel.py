@@ -26,6 +26,8 @@ except ImportError as error:
 
 from gemopt.executor.plan import LayerRow
 from gemopt.executor.splits import Assigned, Routing, positions
+from gemopt.executor.transfer import wrong_rows
+from gemopt.placement import EMPTY
 
 NAME = "gemopt"
 
@@ -114,6 +116,14 @@ class SlotDispatch(AllToAllEP):
         """This rank's expert weights by parameter name, one row per slot."""
         return {name: self.experts._parameters[name].data for name in self._names}
 
+    def wrong(self) -> list[int]:
+        """Experts that this rank should hold and whose weights are not those that the network was loaded with."""
+        assert self.canaries is not None
+        start = int(self.row.slots_per_rank[: self.rank].sum())
+        mine = self.row.row_P[start : start + int(self.row.slots_per_rank[self.rank])]
+        held = {row: int(expert) for row, expert in enumerate(mine) if expert != EMPTY}
+        return wrong_rows(self.weights(), held, self.canaries)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -145,7 +155,8 @@ class SlotDispatch(AllToAllEP):
         for name, tensor in local.items():
             self.experts._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
         self._names = sorted(local)
-        self.experts.register_state_dict_pre_hook(_refuse_state_dict)
+        self.experts.register_state_dict_pre_hook(lambda *_: _refuse_rows("state_dict", "save"))
+        self.experts.register_load_state_dict_pre_hook(_refuse_loading)
         self.routing = self.routing_for(self.row)
 
     def _refuse_left_behind(self, moved: Mapping[str, Tensor]) -> None:
@@ -196,13 +207,19 @@ def _release_from_fsdp(experts: Any) -> None:
         state._fsdp_param_group = None
 
 
-def _refuse_state_dict(*_: object) -> None:
+def _refuse_rows(method: str, verb: str) -> None:
     raise InputError(
-        "model.state_dict",
+        f"model.{method}",
         "experts placed by gemopt",
         "rows are slots of this rank, not experts of the network",
-        "save the model before attaching an Executor, or export a permuted checkpoint",
+        f"{verb} the model before attaching an Executor, or export a permuted checkpoint",
     )
+
+
+def _refuse_loading(experts: Any, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Adapters and other parts of a model may be loaded, experts not."""
+    if any(prefix + name in state for name in experts._parameters):
+        _refuse_rows("load_state_dict", "load")
 
 
 def dispatches(model: nn.Module) -> list[tuple[str, SlotDispatch]]:
