@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.latency import Curves
 
 F64 = NDArray[np.float64]
@@ -21,14 +21,14 @@ MINUS, ZERO, PLUS, NO, YES = CONSTANTS
 SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def put(target: Array, source: Array) -> None:
     """`target[:] = source` of as many; with that, numba compiles 10 s of text about shapes that do not fit."""
     for n in range(len(target)):
         target[n] = source[n]
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def curve_value(curves: Curves, g: int, k: int, f: int, load: float) -> float:
     """Value at a load >= 0 of the curve of feature f in term k of rank g."""
     x, y, start = curves.x, curves.y, curves.start[g, k, f]
@@ -43,7 +43,7 @@ def curve_value(curves: Curves, g: int, k: int, f: int, load: float) -> float:
     return float(y[low] + (y[low + 1] - y[low]) / (x[low + 1] - x[low]) * (load - x[low]))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def _last_within(y: Array, low: int, high: int, time: float) -> int:
     """The last of the rising corners low + 1 to high - 1 that takes at most `time`, else `low`."""
     while high - low > 1:
@@ -55,7 +55,7 @@ def _last_within(y: Array, low: int, high: int, time: float) -> int:
     return low
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float:
     """Largest load that a non-decreasing curve allows within `time`; -1 when even 0 takes longer."""
     x, y, start, slope = curves.x, curves.y, curves.start[g, k, f], curves.slope[g, k, f]
@@ -68,7 +68,7 @@ def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float
     return float(x[low] + (x[low + 1] - x[low]) * ((time - y[low]) / (y[low + 1] - y[low])))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def next_corner(curves: Curves, g: int, k: int, f: int, time: float) -> float:
     """The first latency above `time` of the corners of a non-decreasing curve; infinity beyond the last."""
     y, start = curves.y, curves.start[g, k, f]
@@ -77,7 +77,7 @@ def next_corner(curves: Curves, g: int, k: int, f: int, time: float) -> float:
     return float(y[corner]) if corner < end else np.inf
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def latency_value(rank: int, loads: Array, curves: Curves) -> float:
     """Latency of one rank under `loads` [F]."""
     best = -np.inf
@@ -89,7 +89,7 @@ def latency_value(rank: int, loads: Array, curves: Curves) -> float:
     return best
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rank_latencies(loads_TGF: Array, curves: Curves) -> Array:
     """[T, G] latency in microseconds of every rank at every step."""
     steps, ranks, features = loads_TGF.shape
@@ -115,7 +115,7 @@ def rank_latencies(loads_TGF: Array, curves: Curves) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rank_loads(features_FTN: Array, column_P: Array, rank_P: Array, num_ranks: int) -> F64:
     """[T, G, F] features of every rank: each slot's column of `features_FTN` (-1: none) added to its rank.
 

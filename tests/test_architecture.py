@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
-    ["exceptions", "tables", "documents", "cores", "interrupts", "words"],
+    ["compiling", "exceptions", "tables", "documents", "cores", "interrupts", "words"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
     ["costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
     ["links", "problem", "splits", "evaluate", "result", "certificate", "verify"],

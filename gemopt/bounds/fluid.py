@@ -7,13 +7,13 @@ cost a step one look: can the ranks hold its load within the time known so far?
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import SLACK, ZERO, Array, curve_capacity, curve_value
 from gemopt.latency import Curves
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def rank_capacity(g: int, f: int, time: float, others: Array, curves: Curves) -> float:
     """Largest whole load of feature f on rank g within `time`, at least 0.
 
@@ -26,7 +26,7 @@ def rank_capacity(g: int, f: int, time: float, others: Array, curves: Curves) ->
     return float(np.floor(max(0.0, capacity * (1 + 1e-12) + 1e-9)))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def single_total(f: int, time: float, most_GF: Array, others: Array, curves: Curves) -> float:
     """Load of one feature that all ranks hold within `time`."""
     total = 0.0
@@ -35,7 +35,7 @@ def single_total(f: int, time: float, most_GF: Array, others: Array, curves: Cur
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def single_next(g: int, f: int, load: float, others: Array, curves: Curves) -> float:
     """Time of rank g with this load > 0 of feature f and, of the others, the smallest loads of a busy rank."""
     best = -np.inf
@@ -45,7 +45,7 @@ def single_next(g: int, f: int, load: float, others: Array, curves: Curves) -> f
     return best
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def single_start(
     f: int, known: float, most_GF: Array, target: float, ceiling: float, others: Array, curves: Curves
 ) -> tuple[float, bool]:
@@ -76,7 +76,7 @@ def single_start(
     return below, True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def single_bound(
     f: int, known: float, most_GF: Array, target: float, ceiling: float, others: Array, curves: Curves
 ) -> float:
@@ -113,7 +113,7 @@ def single_bound(
     return time
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def mixed_total(d: int, time: float, most_DG: Array, slope_DGM: Array, shift_DGM: Array, wake_G: Array) -> float:
     """Weighted features that all ranks hold within `time`: per rank the smallest of lines, 0 below its wake-up time."""
     total = 0.0
@@ -128,7 +128,7 @@ def mixed_total(d: int, time: float, most_DG: Array, slope_DGM: Array, shift_DGM
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def mixed_bound(
     d: int,
     known: float,

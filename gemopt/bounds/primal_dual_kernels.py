@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from gemopt.compiling import njit
 
 Array = NDArray[Any]
 Real = Any  # float32 in the kernels
 F32 = np.float32
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def step_together(
     u: Array, rho: Array, v: Array, bar_q: Array, pull: Array, slope: Array, most: Real, tau: Real, sigma: Real,
     new_u: Array, new_rho: Array, mix: Array, sums: Array,
@@ -48,7 +49,7 @@ def step_together(
             sums[c, i] = total
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: Real, new_mu: Array) -> None:
     """Gradient step of the rows' multipliers, [T, N] at least 0 and of sum at most `weight` [T] for each step."""
     steps, size = mu.shape
@@ -63,7 +64,7 @@ def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: Real, 
             project(new_mu[t], weight[t], total)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def project(values: Array, weight: Real, total: Real) -> None:
     """Projection of values >= 0 of sum `total` onto the simplex of sum `weight` (Michelot)."""
     size = len(values)
@@ -81,7 +82,7 @@ def project(values: Array, weight: Real, total: Real) -> None:
         values[n] = max(values[n] - cut, F32(0))
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def step_ranks(x: Array, cost: Array, tau: Real, new_x: Array) -> None:
     """Gradient step of x [E, G], each row on the simplex."""
     experts, ranks = x.shape
@@ -101,7 +102,7 @@ def step_ranks(x: Array, cost: Array, tau: Real, new_x: Array) -> None:
                 new_x[i, g] += (F32(1) - total) / F32(ranks)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def halpern(z: Array, image: Array, anchor: Array, part: Real) -> float:
     """z becomes `part (2 image - z) + (1 - part) anchor`; returns the squared distance of z and image."""
     total = F32(0)

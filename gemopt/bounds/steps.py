@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from gemopt.bounds.fluid import mixed_bound, single_bound
+from gemopt.compiling import njit
 from gemopt.kernels import Array, latency_value
 from gemopt.latency import Curves
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def pigeonhole(
     known: float,
     tops_M: Array,
@@ -70,7 +70,7 @@ def pigeonhole(
     return known
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def raise_bounds(
     known_T: Array,
     ceiling_T: Array,

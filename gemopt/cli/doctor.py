@@ -78,19 +78,27 @@ def _installation() -> Lines:
     yield "version", _line(gemopt.__version__)
     yield "python", _line(f"{platform.python_version()} at {sys.executable}")
     yield "folder", _line(Path(gemopt.__file__).parent)
-    cache = _cache()
-    writable = os.access(cache if cache.exists() else cache.parent, os.W_OK)
+    cache = next((each for each in _caches() if _writable(each)), None)
+    writable, cache = cache is not None, cache or next(_caches())
     count = len(list(cache.rglob("*.nbi"))) if cache.exists() else 0
     kernels = "compiled on first use, a minute or two"
     if count:
         kernels = f"{counted(count, 'kernel')} compiled below {cache}"
-    hint = "" if writable else "set NUMBA_CACHE_DIR to a folder that can be written, or each run compiles"
-    yield "kernels", _line(kernels, OK if writable else BROKEN, hint)
+    hint = "" if writable else "set NUMBA_CACHE_DIR to a folder that can be written, or each run compiles the others"
+    yield "kernels", _line(kernels, OK if writable or count else BROKEN, hint)
 
 
-def _cache() -> Path:
-    """Where numba keeps compiled kernels: beside the sources unless it was told."""
-    return Path(os.environ.get("NUMBA_CACHE_DIR") or Path(gemopt.__file__).parent)
+def _caches() -> Iterator[Path]:
+    """Where numba keeps compiled kernels, in the first that can be written: as it was told, by the sources, at home."""
+    if told := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(told)
+    yield Path(gemopt.__file__).parent
+    yield Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "numba"
+
+
+def _writable(folder: Path) -> bool:
+    """Whether it, or the nearest folder above that is there, can be written."""
+    return os.access(next(each for each in (folder, *folder.parents) if each.exists()), os.W_OK)
 
 
 def _packages() -> Lines:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import latency_value
 from gemopt.latency import Curves
 
@@ -32,7 +32,7 @@ class Price(NamedTuple):
     life: float
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def copying_us(in_G: Array, out_G: Array, price: Price) -> float:
     """By how much a layer takes longer when ranks receive and send so many experts before it."""
     most = max(in_G.max(), out_G.max())
@@ -43,7 +43,7 @@ def copying_us(in_G: Array, out_G: Array, price: Price) -> float:
     return float(transfer_us - beside_us + price.slowdown * beside_us + price.commit_us)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def loads_of(x_GE: Array, table_FN: Array) -> Array:
     """[G, F] summed features."""
     out = np.zeros((x_GE.shape[0], table_FN.shape[0]))
@@ -54,7 +54,7 @@ def loads_of(x_GE: Array, table_FN: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def times_of(x_GE: Array, table_FN: Array, curves: Curves) -> Array:
     """[G] latencies in microseconds."""
     loads_GF = loads_of(x_GE, table_FN)
@@ -64,7 +64,7 @@ def times_of(x_GE: Array, table_FN: Array, curves: Curves) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def after(rank: int, old: int, new: int, loads_GF: Array, table_FN: Array, curves: Curves, scratch_F: Array) -> float:
     """Latency of a rank when one expert's assignments there change."""
     for f in range(scratch_F.shape[0]):
@@ -72,7 +72,7 @@ def after(rank: int, old: int, new: int, loads_GF: Array, table_FN: Array, curve
     return float(latency_value(rank, scratch_F, curves))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def best_shift(
     e: int, h: int, c: int, x_GE: Array, loads_GF: Array, table_FN: Array, curves: Curves, scratch_F: Array
 ) -> tuple[int, float]:
@@ -97,7 +97,7 @@ def best_shift(
     return best, value
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def shift(
     e: int, h: int, c: int, d: int, x_GE: Array, loads_GF: Array, times_G: Array, table_FN: Array, curves: Curves
 ) -> None:
@@ -111,7 +111,7 @@ def shift(
     times_G[c] = latency_value(c, loads_GF[c], curves)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def at_home(counts_E: Array, home_E: Array, ranks: int) -> Array:
     """[G, E] every expert at home."""
     x_GE = np.zeros((ranks, len(counts_E)), np.int64)
@@ -120,7 +120,7 @@ def at_home(counts_E: Array, home_E: Array, ranks: int) -> Array:
     return x_GE
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def hottest(x_E: Array, out_N: Array) -> Array:
     """The experts with the most assignments above 0, most first, in the memory of `out_N`; as many as that holds."""
     count = 0
@@ -136,7 +136,7 @@ def hottest(x_E: Array, out_N: Array) -> Array:
     return out_N[:count]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def spread(
     counts_E: Array, home_E: Array, present_GE: Array, slots_G: Array, may_copy: bool, price: Price, table_FN: Array,
     curves: Curves,
@@ -201,7 +201,7 @@ def spread(
     return x_GE, used_GE
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def saved_us(
     counts_ME: Array, home_E: Array, present_GE: Array, other_GE: Array, slots_G: Array, price: Price, table_FN: Array,
     curves: Curves,

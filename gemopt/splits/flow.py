@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import NO, Array, latency_value, put
 from gemopt.splits.levels import IntArray, Levels, Number, fill_capacity, level
 
@@ -41,7 +41,7 @@ def find_copies(row_P: IntArray, rank_of_slot: IntArray, num_experts: int, num_r
     return copies_of(np.array(row_P, np.int64), np.array(rank_of_slot, np.int64), num_experts, num_ranks)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def copies_of(row_P: IntArray, rank_P: IntArray, num_experts: int, num_ranks: int) -> Copies:
     """The same, of arrays that compiled code shares."""
     number_E, start = np.zeros(num_experts, np.int64), np.zeros(num_ranks + 1, np.int64)
@@ -88,7 +88,7 @@ class Room(NamedTuple):
     inside: IntArray
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def make_room(num_ranks: int) -> Room:
     """Room for `spread`."""
     return Room(
@@ -98,7 +98,7 @@ def make_room(num_ranks: int) -> Room:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def relieve(copies: Copies, room: Room, parts_C: IntArray, full: Number) -> Number:
     """Send load of an overfull rank along copies to one with room, as long as there is one; returns the ranks reached.
 
@@ -140,7 +140,7 @@ def relieve(copies: Copies, room: Room, parts_C: IntArray, full: Number) -> Numb
     return 0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def fluid_times(levels: Levels, total_T: IntArray) -> Array:
     """[T] time in which all ranks together hold a load, however it is cut into whole assignments."""
     curves = levels.curves
@@ -152,7 +152,7 @@ def fluid_times(levels: Levels, total_T: IntArray) -> Array:
     return times_T
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def settle(levels: Levels, copies: Copies, parts_C: IntArray, room: Room, time: float, ready: bool) -> float:
     """Bring `parts_C`, whose loads are in `room`, to the best split; returns its time, which is at least the one given.
 
@@ -178,7 +178,7 @@ def settle(levels: Levels, copies: Copies, parts_C: IntArray, room: Room, time: 
         time = level(levels, room.queue[:reached], room.inside[0], time)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def spread(levels: Levels, alone_G: IntArray, copies: Copies, parts_C: IntArray, room: Room, fluid: float) -> float:
     """Bring `parts_C` (any split to start from) to the best one; returns its time. `room` has what proves it.
 
@@ -192,7 +192,7 @@ def spread(levels: Levels, alone_G: IntArray, copies: Copies, parts_C: IntArray,
     return settle(levels, copies, parts_C, room, fluid, NO)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def spread_steps(levels: Levels, alone_TG: IntArray, copies: Copies, parts_TC: IntArray, fluid_T: Array) -> Array:
     """[T] time of the best split of every step; `parts_TC` [T, C] is brought to it in place."""
     steps, num_ranks = alone_TG.shape

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import SLACK, Array, curve_capacity, next_corner
 from gemopt.latency import Curves, FloatArray
 
@@ -53,7 +53,7 @@ def table_levels(curves: Curves, low: float, high: float) -> Levels:
     return Levels(curves, times_L, held_LG, steady_L)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _fill(curves: Curves, times_L: Array, held_LG: Array, steady_L: Array) -> None:
     for n in range(len(times_L)):
         steady_L[n] = n > 0
@@ -63,7 +63,7 @@ def _fill(curves: Curves, times_L: Array, held_LG: Array, steady_L: Array) -> No
             steady_L[n] &= n > 0 and just_before == held_LG[n - 1, g]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def capacity(curves: Curves, g: Number, time: float, total: Number) -> Number:
     """Largest whole load up to `total` of a rank within a time; curves do not decrease."""
     most = np.inf
@@ -72,7 +72,7 @@ def capacity(curves: Curves, g: Number, time: float, total: Number) -> Number:
     return np.int64(min(float(total), np.floor(max(0.0, most * (1 + 1e-12) + 1e-9))))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def fill_capacity(levels: Levels, time: float, total: int, most_G: IntArray) -> None:
     """Fill in the largest whole load up to `total` of each rank within a time."""
     n = np.searchsorted(levels.times_L, time)
@@ -81,7 +81,7 @@ def fill_capacity(levels: Levels, time: float, total: int, most_G: IntArray) -> 
         most_G[g] = min(levels.held_LG[n, g], total) if known else capacity(levels.curves, g, time, total)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def held_within(curves: Curves, members: IntArray, time: float, total: Number) -> Number:
     """Load that some ranks hold together within a time."""
     held = 0
@@ -90,7 +90,7 @@ def held_within(curves: Curves, members: IntArray, time: float, total: Number) -
     return held
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def tabled_level(
     times_L: FloatArray, held_LG: IntArray, steady_L: Array, members: IntArray, size: int, load: Number, known: float
 ) -> Number:
@@ -112,7 +112,7 @@ def tabled_level(
     return times_L[low] if low < len(times_L) and steady_L[low] else -1.0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def level(levels: Levels, members: IntArray, load: Number, known: float) -> Number:
     """Least time, within `TIGHT`, in which some ranks hold a load together; never below `known`, never too short."""
     curves, times_L, held_LG = levels.curves, levels.times_L, levels.held_LG
@@ -161,7 +161,7 @@ def level(levels: Levels, members: IntArray, load: Number, known: float) -> Numb
     return above
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def next_time(curves: Curves, members: IntArray, time: float) -> Number:
     """The next time at which a corner of some ranks' curves is reached: in between, staircases hold what they held."""
     found = np.inf

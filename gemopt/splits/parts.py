@@ -9,8 +9,8 @@ Where the split to start from (the even one) was better than what that leads to,
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, ZERO, Array, latency_value, put
 from gemopt.latency import Curves
 from gemopt.splits.flow import Copies
@@ -19,7 +19,7 @@ from gemopt.splits.levels import IntArray
 LEAST = 1e-9  # of a time: what counts as less
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def time_with(curves: Curves, g: int, load_F: Array, table_FN: Array, old: int, new: int, room_F: Array) -> float:
     """Latency of a rank whose part of an expert goes from `old` to `new`."""
     for f in range(len(load_F)):
@@ -27,7 +27,7 @@ def time_with(curves: Curves, g: int, load_F: Array, table_FN: Array, old: int, 
     return float(latency_value(g, room_F, curves))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def best_amount(
     curves: Curves, g: int, h: int, have: int, got: int, load_GF: Array, table_FN: Array, room_F: Array
 ) -> tuple[int, float]:
@@ -52,7 +52,7 @@ def best_amount(
     return amount, best
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def hand_over(copies: Copies, parts_C: IntArray, c: int, d: int, amount: int, load_GF: Array, table_FN: Array) -> None:
     """Give assignments of one copy to another."""
     g, h = copies.rank[c], copies.rank[d]
@@ -63,7 +63,7 @@ def hand_over(copies: Copies, parts_C: IntArray, c: int, d: int, amount: int, lo
     parts_C[d] += amount
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def place_whole(
     curves: Curves,
     copies: Copies,
@@ -87,7 +87,7 @@ def place_whole(
             load_GF[copies.rank[chosen], f] += table_FN[f, counts_R[r]]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def slowest_rank(curves: Curves, load_GF: Array) -> tuple[int, float]:
     """The rank that ends last, and when."""
     slowest, g = -np.inf, 0
@@ -98,7 +98,7 @@ def slowest_rank(curves: Curves, load_GF: Array) -> tuple[int, float]:
     return g, slowest
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def level_out(
     curves: Curves, copies: Copies, parts_C: IntArray, load_GF: Array, table_FN: Array, room_F: Array
 ) -> None:
@@ -122,7 +122,7 @@ def level_out(
         hand_over(copies, parts_C, gives, takes, amount, load_GF, table_FN)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def part_steps(
     curves: Curves, alone_TGF: Array, copies: Copies, counts_TR: IntArray, table_FN: Array, parts_TC: IntArray
 ) -> None:

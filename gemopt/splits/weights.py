@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import Array, latency_value, rank_loads
 from gemopt.latency import Curves, FloatArray
 from gemopt.splits.flow import Copies, find_copies
@@ -26,13 +26,13 @@ MOST_TABLED = 1 << 22  # latencies that are looked up
 MOST_KNOWN = 64  # rows of a problem whose weights are kept
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def latency_of(curves: Curves, table_GN: Array, g: Number, load_F: Array) -> Number:
     """Latency of a rank, out of the table if there is one."""
     return table_GN[g, int(load_F[0])] if table_GN.shape[1] > 0 else latency_value(g, load_F, curves)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def cost_with(
     curves: Curves, table_GN: Array, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array,
     table_FN: Array, beside_T: Array, weights_T: Array, first: int, most: float,
@@ -57,7 +57,7 @@ def cost_with(
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def best_ends(
     curves: Curves, table_GN: Array, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array,
     table_FN: Array, others_T: Array, weights_T: Array,
@@ -90,7 +90,7 @@ def best_ends(
         ends_C[c] = kept
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def improve_weights(
     curves: Curves,
     table_GN: Array,

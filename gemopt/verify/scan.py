@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import UNIT, IntArray
+from gemopt.compiling import njit
 
 Array = NDArray[Any]
 BLOCK = 64  # steps looked at together
@@ -71,7 +71,7 @@ def least_with(
     return min(least, cost - price)
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@njit(nogil=True, fastmath={"reassoc", "nsz"})
 def _least(
     loads_EBW: Array, mass_EBW: Array, table_N: Array, floor_BW: Array, price_E: Array, size: int, shift: int
 ) -> np.int64:

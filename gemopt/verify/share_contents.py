@@ -11,10 +11,10 @@ from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
+from gemopt.compiling import njit
 from gemopt.verify.case import Case
 from gemopt.verify.scan import in_blocks, least_with
 
@@ -151,7 +151,7 @@ def _by_pairs(
     return alone_X - 1 - (len(floor_T) + 1000) * 2.0**-52 * size, one_XX + one_XX.T
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@njit(nogil=True, fastmath={"reassoc", "nsz"})
 def _least(
     load_XBW: Array, mass_XBW: Array, price_X: Array, table_N: Array, floor_BW: Array, most: int, slots: int,
     spare: int, shift: int, low_E: Array, high_E: Array, limit: int, alone_X: Array, both_XX: Array, out: Array,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import IntArray
+from gemopt.compiling import njit
 from gemopt.verify.case import PS, Case
 from gemopt.verify.share_contents import PricedRange, shares_left
 from gemopt.verify.tree_copies import MOST_HOSTS, exact_worth
@@ -84,7 +84,7 @@ def _rows(case: Case, g: int, copies_NE: IntArray) -> NDArray[np.float64]:
     return case.times_us(g, loads_NT[None], low=True)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _search(
     copies_NE: Array, cost_N: Array, rows_NT: Array, first_G: Array, same_G: Array, slots_G: Array, least_T: Array,
     room: int, limit: float, most: int, out: Array,

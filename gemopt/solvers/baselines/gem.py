@@ -18,8 +18,8 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.conflicts import ExpertClass, classify
 from gemopt.evaluate import total
 from gemopt.kernels import NO
@@ -133,7 +133,7 @@ def in_order(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray) 
     return np.array(sorted(range(problem.num_experts), key=lambda e: (ORDER.index(classes[e]), -heat_E[e])))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def relieve(costs: Costs, state: State, terms: Terms | None) -> None:
     """Swap experts of the worst straggler with any other rank's, then of the next worst, until none helps.
 
@@ -166,7 +166,7 @@ def relieve(costs: Costs, state: State, terms: Terms | None) -> None:
                 break
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def blamed(state: State, values: Array, ranks: Array) -> Array:
     """[G] weighted time for which the others wait for each rank: its lead over the second slowest."""
     blame = np.zeros(state.times.shape[0], np.float64)

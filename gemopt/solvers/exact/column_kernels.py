@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.solvers.exact.tree import CLOSE, FAST, Tables
 
@@ -32,7 +32,7 @@ class Found(NamedTuple):
     extra: Array
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def latency_row(tables: Tables, g: int, loads_FT: Array, term_T: Array, out_T: Array) -> None:
     """Latency of rank g under whole loads; `term_T` is room. An unsigned index is looked up several at a time."""
     for k in range(tables.terms[g]):
@@ -53,7 +53,7 @@ def latency_row(tables: Tables, g: int, loads_FT: Array, term_T: Array, out_T: A
                 out_T[t] = max(out_T[t], row[t])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rows_of(features_EFT: Array, sets_NS: Array, ranks_N: Array, tables: Tables, out_NT: Array) -> None:
     """Latencies of columns at every step."""
     loads, term = np.empty(features_EFT.shape[1:], np.int32), np.empty(features_EFT.shape[2])
@@ -64,7 +64,7 @@ def rows_of(features_EFT: Array, sets_NS: Array, ranks_N: Array, tables: Tables,
         latency_row(tables, ranks_N[n], loads, term, out_NT[n])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def cut_rows(rows_NT: Array, levels_LT: Array, out_NM: Array) -> None:
     """What of each latency lies in each level."""
     levels, steps = levels_LT.shape[0] - 1, rows_NT.shape[1]
@@ -82,7 +82,7 @@ def in_levels(rows_NT: Array, ends_LT: Array, scale: float) -> NDArray[np.float3
     return out
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def price(
     features_EFT: Array, sets_NS: Array, ranks_K: Array, tables: Tables, levels_LT: Array, mu_ELT: Array,
     out_KN: Array, stop: Array,
@@ -111,7 +111,7 @@ def price(
     return True
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def slower(z_T: Array, row_T: Array, weights_T: Array, out_T: Array) -> float:
     """Weighted sum of the larger of two latencies, which goes into `out_T`."""
     total = 0.0
@@ -121,7 +121,7 @@ def slower(z_T: Array, row_T: Array, weights_T: Array, out_T: Array) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def narrow(
     list_N: Array, count: int, columns: Found, used: int, left_K: Array, room: float, share_E: Array, ways_E: Array,
     out_N: Array,
@@ -160,7 +160,7 @@ def narrow(
     return kept
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rarest(ways_E: Array, used: int) -> int:
     """The expert with the fewest columns left; -1 when one has none."""
     chosen, fewest = -1, 2**62
@@ -170,7 +170,7 @@ def rarest(ways_E: Array, used: int) -> int:
     return chosen if fewest > 0 else -1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def search_columns(
     columns: Found, left_K: Array, weights_T: Array, floor_T: Array, experts: int, base: float, best: float,
     chosen_G: Array, most_work: int, stop: Array,

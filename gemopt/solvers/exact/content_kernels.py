@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.solvers.exact.tree import FAST
 
@@ -31,7 +31,7 @@ class Steps(NamedTuple):
     floor: Array
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def keep_least(value: float, count: int, least_S: Array) -> None:
     """Take a value in among the `count` smallest, which rise, where it is smaller than the last of them."""
     if value < least_S[count - 1]:
@@ -42,7 +42,7 @@ def keep_least(value: float, count: int, least_S: Array) -> None:
         least_S[s] = value
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def least_sum(cost_E: Array, half_E: Array, first: int, count: int, least_S: Array) -> float:
     """Sum of the `count` smallest of `cost + half` of the experts from `first` on."""
     least_S[:count] = np.inf
@@ -51,7 +51,7 @@ def least_sum(cost_E: Array, half_E: Array, first: int, count: int, least_S: Arr
     return float(least_S[:count].sum())
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def add_expert(steps: Steps, e: int, plane_PT: Array, mass_PT: Array, out_PT: Array, out_mass_PT: Array) -> None:
     """Planes and multipliers of a content with one more expert."""
     for p in range(len(mass_PT)):
@@ -60,7 +60,7 @@ def add_expert(steps: Steps, e: int, plane_PT: Array, mass_PT: Array, out_PT: Ar
             out_mass_PT[p, t] = mass_PT[p, t] + steps.mass[e, p, t]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def above_pairs(steps: Steps, e: int, plane_PT: Array, mass_PT: Array, top_T: Array) -> float:
     """What a content with expert e as well takes more than the planes that its multipliers chose."""
     planes, times = mass_PT.shape
@@ -77,7 +77,7 @@ def above_pairs(steps: Steps, e: int, plane_PT: Array, mass_PT: Array, top_T: Ar
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def cheapest(
     alone_E: Array, pair_EE: Array, size: int, most: float, steps: Steps, net_M: Array, sets_MS: Array, stop: Array
 ) -> bool:

@@ -16,8 +16,8 @@ from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import ZERO, put
 from gemopt.problem import Problem
 from gemopt.solvers.exact.tree import (
@@ -105,7 +105,7 @@ def _orders(problem: Problem) -> Array:
     return np.stack(orders)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def fits(tree: CopiesTree, m: int, free: Array, spare: int) -> bool:
     """Whether a set of ranks has the slots, and of equal empty ranks the first."""
     if tree.size[m] - 1 > spare:
@@ -121,7 +121,7 @@ def fits(tree: CopiesTree, m: int, free: Array, spare: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def expand_sets(
     tree: CopiesTree, depth: int, loads: Array, free: Array, spare: int, limit: float, suffix: Array, bounds_M: Array
 ) -> None:
@@ -171,7 +171,7 @@ def expand_sets(
                 bounds_M[m] = max(bounds_M[m], total_M[m] + suffix[last])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def sum_from(tree: CopiesTree, depth: int, loads: Array, free: Array, spare: int, suffix: Array) -> None:
     """The weighted bounds of a node's steps, summed from each on, into `suffix` [T + 1]."""
     nothing, steps = tree.rest[depth, 0], len(tree.weights)
@@ -185,7 +185,7 @@ def sum_from(tree: CopiesTree, depth: int, loads: Array, free: Array, spare: int
         suffix[t] = suffix[t + 1] + tree.weights[t] * z[t]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def best_order(tree: CopiesTree, trail: Array, limit: float, held_E: Array) -> float:
     """Worth of a complete placement in its best order of equal ranks, its sets into held_E; infinite from `limit`."""
     experts, ranks, steps = len(tree.shares), len(tree.slots), len(tree.weights)
@@ -215,7 +215,7 @@ def best_order(tree: CopiesTree, trail: Array, limit: float, held_E: Array) -> f
     return best if best < limit else np.inf
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def search_copies(tree: CopiesTree, best: float, best_E: Array, stop: Array) -> tuple[float, int, bool]:
     """(objective of the best placement found, nodes looked at, whether the whole tree was searched).
 

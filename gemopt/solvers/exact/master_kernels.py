@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.solvers.exact.tree import FAST
 
@@ -61,7 +61,7 @@ class Way(NamedTuple):
     last: float
 
 
-@njit(cache=True, nogil=True, fastmath=SURE)
+@njit(nogil=True, fastmath=SURE)
 def apart(one_N: Array, other_N: Array) -> float:
     """Sum of the squares of the differences."""
     total = F32(0)
@@ -70,7 +70,7 @@ def apart(one_N: Array, other_N: Array) -> float:
     return float(total)
 
 
-@njit(cache=True, nogil=True, fastmath=SURE)
+@njit(nogil=True, fastmath=SURE)
 def to_length_one(vector_N: Array, out_N: Array) -> float:
     """The length of a vector, which goes into `out` divided by it."""
     total = F32(0)
@@ -82,7 +82,7 @@ def to_length_one(vector_N: Array, out_N: Array) -> float:
     return length
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def norm_of_costs(columns: Columns, mu_EM: Array, rounds: int) -> float:
     """The largest eigenvalue of the rows of latencies times their transpose; `mu` goes towards its vector."""
     out_EM, length = np.empty_like(mu_EM), 0.0
@@ -104,7 +104,7 @@ def norm_of_costs(columns: Columns, mu_EM: Array, rounds: int) -> float:
     return length
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def norm_of_sums(columns: Columns, sums_R: Array, rounds: int) -> float:
     """The same of the rows of experts [E], then of kinds of ranks [K]."""
     out_R, experts, length = np.empty_like(sums_R), columns.owner.max() + 1, 0.0
@@ -122,7 +122,7 @@ def norm_of_sums(columns: Columns, sums_R: Array, rounds: int) -> float:
     return length
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def go_down(
     columns: Columns, z: Point, ratio: np.float32, size: np.float32, x_N: Array, cost_EM: Array, held_E: Array,
     used_K: Array,
@@ -149,7 +149,7 @@ def go_down(
                     cost_EM[e, j] += held * columns.parts[n, j]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def project(mu_EM: Array, most_M: Array, out_EM: Array) -> None:
     """Nearest multipliers >= 0 whose sum over the experts is at most `most_M` (Michelot's method, many at once)."""
     level, total, count = np.empty(WIDTH, F32), np.empty(WIDTH, F32), np.empty(WIDTH, F32)
@@ -176,7 +176,7 @@ def project(mu_EM: Array, most_M: Array, out_EM: Array) -> None:
                 out_EM[e, first + j] = max(F32(0), mu_EM[e, first + j] - level[j])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_to(target: Point, source: Point) -> None:
     """Every part of a point."""
     put(target.x, source.x)
@@ -185,14 +185,14 @@ def set_to(target: Point, source: Point) -> None:
     put(target.y, source.y)
 
 
-@njit(cache=True, nogil=True, fastmath=SURE)
+@njit(nogil=True, fastmath=SURE)
 def reflect(z_N: Array, anchor_N: Array, image_N: Array, part: np.float32) -> None:
     """A Halpern step: so much of the way from where it began to beyond the image."""
     for n in range(len(z_N)):
         z_N[n] = anchor_N[n] * (F32(1) - part) + part * (TWO * image_N[n] - z_N[n])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def iterate(
     columns: Columns, most_M: Array, count_K: Array, ratio: np.float32, z: Point, anchor: Point, image: Point,
     way: Way, count: int, stop: Array,

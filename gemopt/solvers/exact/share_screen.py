@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.latency import FloatArray
 from gemopt.solvers.exact.column_space import ULP
 from gemopt.solvers.exact.tree import FAST, Tables
@@ -51,7 +51,7 @@ def lines_of(tables: Tables, ranks_K: Array, most: int, near: float) -> Lines | 
     return Lines(*np.array(found).T)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def pair_prices(
     lines: Lines, features_XT: Array, floor_T: Array, mu_XT: Array, price_X: Array, near_NS: Array
 ) -> tuple[Array, Array]:
@@ -100,7 +100,7 @@ def pair_prices(
     return alone_KX, both_KXX
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def price_pairs(pairs_NS: Array, live_KN: Array, alone_KX: Array, both_KXX: Array, net_KN: Array) -> None:
     """Sums of each content; infinite where it is not live. Contents begin as those before them do."""
     kinds, slots, nothing = len(live_KN), pairs_NS.shape[1], alone_KX.shape[1] - 1
@@ -120,7 +120,7 @@ def price_pairs(pairs_NS: Array, live_KN: Array, alone_KX: Array, both_KXX: Arra
             net_KN[k, n] = sum_KS[k, slots] if live_KN[k, n] else np.inf
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def cut_copies(
     pairs_NS: Array, size_N: Array, ids: Array, more_X: Array, slots_K: Array, spare: int, live_KN: Array
 ) -> None:

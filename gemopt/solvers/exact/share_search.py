@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, ZERO, put
 from gemopt.solvers.exact.column_kernels import LOOK, slower
 from gemopt.solvers.exact.copies_tree import CopiesTree, best_order
@@ -49,7 +49,7 @@ class Hosts(NamedTuple):
     order: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def narrow_copies(
     list_N: Array, count: int, columns: Left, all_E: Array, need_E: Array, left_K: Array, room: float, pivot: int,
     first: int, share_E: Array, ways_E: Array, out_N: Array,
@@ -108,7 +108,7 @@ def narrow_copies(
     return kept
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rarest_left(ways_E: Array, all_E: Array, need_E: Array) -> int:
     """The expert with the fewest columns left, -1 when one has none, E when all are complete."""
     chosen, fewest = len(ways_E), 2**62
@@ -118,7 +118,7 @@ def rarest_left(ways_E: Array, all_E: Array, need_E: Array) -> int:
     return chosen if fewest > 0 else -1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None:
     """What is known and needed of each expert one level deeper, with column n."""
     put(all_E[depth + 1], all_E[depth])
@@ -130,7 +130,7 @@ def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None
         need_E[depth + 1, e] -= 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def placed(columns: Left, trail_G: Array, hosts: Hosts, tree: CopiesTree, limit: float, held_E: Array) -> float:
     """Worth of columns that hold every expert, in the best order of equal ranks, as `best_order` has it."""
     experts = len(hosts.order)
@@ -146,7 +146,7 @@ def placed(columns: Left, trail_G: Array, hosts: Hosts, tree: CopiesTree, limit:
     return float(best_order(tree, trail, limit, held_E))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def search_left(
     columns: Left, hosts: Hosts, tree: CopiesTree, base: float, best: float, held_E: Array, most_work: int, stop: Array
 ) -> tuple[float, int, bool]:

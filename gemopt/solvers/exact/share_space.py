@@ -18,9 +18,9 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.latency import FloatArray, IntArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import in_levels, rows_of
@@ -70,7 +70,7 @@ def make_contents(experts: int, most: int, slots: int, spare: int) -> Contents:
     return Contents(pairs[order], size_N[order].astype(np.uint8), copies[order].astype(np.uint8), part)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def price_contents(
     pairs_NS: Array, most_K: Array, features_XFT: Array, tables: Tables, ranks_K: Array, floor_T: Array, mu_XT: Array,
     price_X: Array, net_KN: Array, stop: Array,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import ZERO, put
 from gemopt.solvers.exact.tree import FAST
 
@@ -53,7 +53,7 @@ class Best(NamedTuple):
     worst: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def keep(best: Best, k: int, net: float, key: int, chosen_S: Array) -> None:
     """Take a content of a kind in, cheaper than the dearest, unless it is there."""
     for m in range(best.keys.shape[1]):
@@ -65,7 +65,7 @@ def keep(best: Best, k: int, net: float, key: int, chosen_S: Array) -> None:
     best.worst[k] = best.net[k].argmax()
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def look_up(
     table: Array, load_W: Array, more_W: Array, mass_W: Array, with_W: Array, row_W: Array, out_W: Array
 ) -> None:
@@ -76,7 +76,7 @@ def look_up(
         out_W[t] = mass_W[t] + with_W[t]
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def cost_of(row_W: Array, mass_W: Array, floor_W: Array) -> float:
     """What a content costs in one block of steps."""
     total = np.float32(0)
@@ -85,7 +85,7 @@ def cost_of(row_W: Array, mass_W: Array, floor_W: Array) -> float:
     return float(total)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def add(load_T: Array, more_T: Array, mass_T: Array, with_T: Array, out_T: Array, out_mass_T: Array) -> None:
     """Loads and multipliers of a content with one more expert."""
     for t in range(len(load_T)):
@@ -93,7 +93,7 @@ def add(load_T: Array, more_T: Array, mass_T: Array, with_T: Array, out_T: Array
         out_mass_T[t] = mass_T[t] + with_T[t]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def add_line(family: Family, e: int, depth: int, margin_SEB: Array, cost_SB: Array, flat_SB: Array) -> None:
     """What is below the latencies of a content with one more expert, and what each later one adds to that."""
     for j in range(e + 1, len(family.alone)):
@@ -104,7 +104,7 @@ def add_line(family: Family, e: int, depth: int, margin_SEB: Array, cost_SB: Arr
         flat_SB[depth + 1, b] = flat_SB[depth, b] + family.flat[e, b]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def scan(family: Family, best: Best, stop: Array) -> bool:
     """Look at all contents, of which the cheapest go into `best`; False when stopped.
 
@@ -178,7 +178,7 @@ def scan(family: Family, best: Best, stop: Array) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def exchange(family: Family, starts_NS: Array, kind_N: Array, best: Best, stop: Array) -> int:
     """Improve contents by the best exchange of one expert, one after the other; how many contents were looked at.
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, PLUS, ZERO
 from gemopt.latency import FloatArray, Latency
 from gemopt.problem import Problem
@@ -171,7 +171,7 @@ def with_idle(problem: Problem, floor_T: FloatArray) -> FloatArray:
     return np.maximum(floor_T, max(idle, default=0.0))
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, inline="always")
+@njit(nogil=True, fastmath=FAST, inline="always")
 def fill(tables: Tables, g: int, loads: Array, rest: Array, plus: Array, first: int, last: int, out: Array) -> None:
     """Latency of rank g at the steps from first to last under loads + rest + plus, [F, T] each, into `out`."""
     count = last - first
@@ -195,7 +195,7 @@ def fill(tables: Tables, g: int, loads: Array, rest: Array, plus: Array, first: 
                 out[n] = max(out[n], term[n])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def expand(tree: Tree, depth: int, node: Node, limit: float, suffix: Array, bounds_G: Array, z_GT: Array) -> None:
     """Raise the bounds of all children of a node below `limit` by their steps; z becomes what each step has.
 
@@ -234,7 +234,7 @@ def expand(tree: Tree, depth: int, node: Node, limit: float, suffix: Array, boun
             bounds_G[g] = max(bounds_G[g], total_G[g] + suffix[last])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> Number:
     """Bound by its pairs of the child that puts the expert of this depth on rank g; placed: what the node costs."""
     total = tree.fixed + placed + tree.left[depth + 1] + tree.alone[g, depth] + node.near[depth, g, depth]
@@ -250,7 +250,7 @@ def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> Num
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def search_tree(tree: Tree, best: float, best_rank: Array, stop: Array) -> tuple[float, int, bool]:
     """(objective of the best placement found, nodes looked at, whether the whole tree was searched).
 
@@ -304,7 +304,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, stop: Array) -> tuple
     return best, nodes, True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def first_empty(same: Array, node: Node, g: int) -> int:
     """First rank equal to g that holds nothing, when g holds nothing; else g."""
     if node.used[g] == 0:
@@ -314,7 +314,7 @@ def first_empty(same: Array, node: Node, g: int) -> int:
     return g
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def move(tree: Tree, expert: int, g: int, sign: int, node: Node) -> None:
     """Put an expert on a rank (sign 1) or take it away (-1)."""
     features = tree.features[expert]

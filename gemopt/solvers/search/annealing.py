@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.solvers.search.gains import allowed
 from gemopt.solvers.search.linked_swaps import Room, makespans_after, slowest, take_swap
@@ -52,7 +52,7 @@ class Front(NamedTuple):
     rows: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def sent_after(trade: Trade, own_R: Array, more_R: Array, other_R: Array) -> float:
     """What the bytes count: own ones on all ports, and all on the fullest."""
     total = fullest = 0.0
@@ -63,7 +63,7 @@ def sent_after(trade: Trade, own_R: Array, more_R: Array, other_R: Array) -> flo
     return trade.byte * total + trade.fullest * fullest
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def keep(front: Front, trade: Trade, sent: float, compute: float, own_R: Array, row_P: Array) -> None:
     """Write down what is better than what its bin holds."""
     place = max(0, int(np.ceil((compute - trade.low_us) / trade.bin_us)))
@@ -73,7 +73,7 @@ def keep(front: Front, trade: Trade, sent: float, compute: float, own_R: Array, 
         put(front.rows[place], row_P)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def anneal(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
     scratches: tuple[Scratch, Scratch, Scratch], room: Room, trade: Trade, front: Front, own_R: Array, other_R: Array,

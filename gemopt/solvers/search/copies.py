@@ -6,8 +6,8 @@ For every slot the experts are ranked by what they promise to first order; the b
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, NO, PLUS, put
 from gemopt.solvers.search.gains import BLOCK
 from gemopt.solvers.search.shares import (
@@ -29,7 +29,7 @@ from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 TRIED = 8  # experts for each slot
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def times_after(
     costs: Costs, state: State, shares: Shares, change: Change, search: Search, n: int, steps_N: Array
 ) -> Array:
@@ -51,7 +51,7 @@ def times_after(
     return after_N
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def least_cost(
     costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, goal: float
 ) -> float:
@@ -76,7 +76,7 @@ def least_cost(
     return goal
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def raise_to_unaffected(state: State, search: Search, lo: int, hi: int) -> None:
     """Raise `worst` to the slowest rank that a change leaves alone, from one step up to another."""
     for t in range(lo, hi):
@@ -91,7 +91,7 @@ def raise_to_unaffected(state: State, search: Search, lo: int, hi: int) -> None:
                 search.worst[t] = max(search.worst[t], state.times[g, t])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def change_cost(
     costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, least: float, price: float
 ) -> float:
@@ -117,7 +117,7 @@ def change_cost(
     return cost
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def cost_after(
     costs: Costs, state: State, shares: Shares, change: Change, search: Search, current: float, price: float
 ) -> float:
@@ -131,7 +131,7 @@ def cost_after(
     return cost
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> None:
     """Carry the change out."""
     slot, old, expert = change.slots[0], change.experts[0], change.experts[1]
@@ -156,7 +156,7 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
         rank_times(costs, g, state.loads[g], state.times[g])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def promising(
     state: State, search: Search, slot: int, candidates: Array, first: int, terms: Terms, moved_G: Array, least: float,
     experts: Array, gains: Array,
@@ -188,7 +188,7 @@ def promising(
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array, racing: bool, terms: Terms) -> int:
     """Try for every spare slot (empty, or a copy of an expert held elsewhere) what promises most; returns changes made.
 
@@ -216,7 +216,7 @@ def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array
     return made
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def removal_costs(costs: Costs, state: State, shares: Shares, search: Search, cost_P: Array) -> None:
     """Fill `cost_P` with the weighted makespan when a slot's copy is gone; infinity where it is the only one."""
     change = make_change(state)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.solvers.search.gains import Pair, allowed, make_pair, set_tangent
 from gemopt.solvers.search.moves import NOISE, swap_for
@@ -14,7 +14,7 @@ from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, slowest
 from gemopt.solvers.search.terms import Terms, extra_moves, moved_into, permitted, set_fees_of
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def settle_pair(
     costs: Costs,
     state: State,
@@ -47,7 +47,7 @@ def settle_pair(
         changed = True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Array, full: bool) -> Number:
     """Swap until no pair of ranks pays, or until stopped; returns the weighted cost with the price of the moves.
 
@@ -83,7 +83,7 @@ def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Arra
             everything = True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def kick_within(costs: Costs, state: State, terms: Terms, moved_G: Array, draws: Array, dirty: Array) -> None:
     """Random swaps that keep to the limits; every second one begins with an expert that has moved, to free its move.
 
@@ -116,7 +116,7 @@ def kick_within(costs: Costs, state: State, terms: Terms, moved_G: Array, draws:
             break
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def iterate_within(
     costs: Costs, state: State, terms: Terms, draws: Array, best: float, patience: int, idle: int
 ) -> tuple[float, int]:

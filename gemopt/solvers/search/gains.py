@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.solvers.search.state import Array, Costs, Number, State, freed, lookup
 
 BLOCK = 256
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
     fees: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def make_pair(state: State) -> Pair:
     """Room for `Pair`, to be filled by `fix_others`, `set_limits` and `set_tangent`."""
     features, steps = state.items.shape[1:]
@@ -47,7 +47,7 @@ def make_pair(state: State) -> Pair:
     return Pair(np.empty(steps, np.float32), state.weights, np.empty(blocks), np.empty(blocks + 1), slopes, tilt, fees)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def set_tangent(costs: Costs, state: State, a: int, b: int, pair: Pair) -> None:
     """Fill `slopes` and `tilt` for swaps between the ranks a and b; costs from tables promise everything."""
     if costs.use_tables:
@@ -81,7 +81,7 @@ def set_tangent(costs: Costs, state: State, a: int, b: int, pair: Pair) -> None:
             pair.tilt[p] = total
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def steepest(costs: Costs, rank: int, loads_F: Array) -> Number:
     """Plane in force under one load vector."""
     best, chosen = np.float32(-1e30), 0
@@ -94,7 +94,7 @@ def steepest(costs: Costs, rank: int, loads_F: Array) -> Number:
     return chosen
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def tilt_of(slope_T: Array, item_T: Array) -> float:
     """Sum of products, in float64 over blocks of float32."""
     total = 0.0
@@ -107,7 +107,7 @@ def tilt_of(slope_T: Array, item_T: Array) -> float:
     return total
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def allowed(state: State, a: int, b: int, i: int, j: int) -> bool:
     """Whether a swap changes anything and each rank may take what it gets."""
     expert_i, expert_j = state.content[i], state.content[j]
@@ -118,7 +118,7 @@ def allowed(state: State, a: int, b: int, i: int, j: int) -> bool:
     return not (expert_j >= 0 and state.barred[a, expert_j] > 0 and not freed(state, a, expert_j, expert_i))
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@njit(nogil=True, fastmath=True, inline="always")
 def line_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
     """Cost of the steps lo to hi after the swap of i and j; latencies are lines of one feature."""
     a1, b1 = costs.planes[a, 0, 1], costs.planes[b, 0, 1]
@@ -132,7 +132,7 @@ def line_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair:
     return part
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@njit(nogil=True, fastmath=True, inline="always")
 def table_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
     """As `line_block`, each latency being one table of one feature."""
     table_a, table_b = costs.tables[costs.offsets[a, 0, 0] :], costs.tables[costs.offsets[b, 0, 0] :]
@@ -147,7 +147,7 @@ def table_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair
     return part
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@njit(nogil=True, fastmath=True, inline="always")
 def five_planes(p: Array, x: float, y: float) -> Number:
     """Largest of five planes in two features, unrolled so that the loop around it is SIMD."""
     low = max(p[0, 0] + p[0, 1] * x + p[0, 2] * y, p[1, 0] + p[1, 1] * x + p[1, 2] * y)
@@ -155,7 +155,7 @@ def five_planes(p: Array, x: float, y: float) -> Number:
     return max(max(low, mid), p[4, 0] + p[4, 1] * x + p[4, 2] * y)
 
 
-@njit(cache=True, nogil=True, fastmath=True)  # inlined, it loses its SIMD
+@njit(nogil=True, fastmath=True)  # inlined, it loses its SIMD
 def roofline_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
     """As `line_block`, for maxima of up to five planes in two features."""
     planes_a, planes_b = costs.planes[a], costs.planes[b]
@@ -173,7 +173,7 @@ def roofline_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, p
     return part
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def general_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
     """As `line_block`, for any latency, from tables."""
     part = 0.0
@@ -192,7 +192,7 @@ def general_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pa
     return part
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def form_of(costs: Costs, state: State, a: int, b: int) -> int:
     """Which of the block kernels fits the latencies of the ranks a and b."""
     one = state.items.shape[1] == 1
@@ -202,7 +202,7 @@ def form_of(costs: Costs, state: State, a: int, b: int) -> int:
     return TABLE if plain else GENERAL
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def find_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
     """First slot j >= `first` of rank b whose swap with slot i of rank a costs less than `goal`, or -1."""
     form, steps = form_of(costs, state, a, b), state.items.shape[2]

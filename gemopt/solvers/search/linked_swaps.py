@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, YES
 from gemopt.solvers.search.gains import allowed
 from gemopt.solvers.search.linked_tangents import add_promises
@@ -49,14 +49,14 @@ class Room(NamedTuple):
     shares: Array
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def together(price: Price, makespan: Number, links: Number) -> Number:
     """Microseconds of one layer at one step."""
     value = price.compute * makespan
     return max(value, links) if price.overlap else value + links
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def step_costs(
     price: Price, weights_T: Array, makespan_T: Array, own_T: Array, second_T: Array, later_T: Array
 ) -> float:
@@ -70,7 +70,7 @@ def step_costs(
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def slowest(state: State, without_a: int, without_b: int, out_T: Array) -> None:
     """[T] latency of the slowest rank but two (-1: none)."""
     out_T[:] = np.float32(-1e30)
@@ -80,7 +80,7 @@ def slowest(state: State, without_a: int, without_b: int, out_T: Array) -> None:
                 out_T[t] = max(out_T[t], state.times[g, t])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def makespans_after(costs: Costs, state: State, room: Room, a: int, b: int, i: int, j: int) -> None:
     """Fill `time_a` with the makespans after slot i of rank a and slot j of rank b change places."""
     for side in range(2):
@@ -94,7 +94,7 @@ def makespans_after(costs: Costs, state: State, room: Room, a: int, b: int, i: i
         room.time_a[t] = max(room.others[t], max(room.time_a[t], room.time_b[t]))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def links_after(
     streams: tuple[Stream, Stream, Stream], scratches: tuple[Scratch, Scratch, Scratch], x: int, y: int, a: int, b: int
 ) -> None:
@@ -105,7 +105,7 @@ def links_after(
         set_times(streams[k], scratches[k])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def promises(
     price: Price, room: Room, weights_T: Array, streams: tuple[Stream, Stream, Stream],
     scratches: tuple[Scratch, Scratch, Scratch], moved: Array,
@@ -136,7 +136,7 @@ def promises(
     return base
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def cost_after(
     costs: Costs, state: State, streams: tuple[Stream, Stream, Stream], scratches: tuple[Scratch, Scratch, Scratch],
     price: Price, room: Room, a: int, b: int, i: int, j: int, x: int, y: int, least: float, goal: float,
@@ -156,7 +156,7 @@ def cost_after(
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def take_swap(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
     scratches: tuple[Scratch, Scratch, Scratch], a: int, b: int, i: int, j: int, listed: bool,
@@ -173,7 +173,7 @@ def take_swap(
         commit(streams[k], scratches[k], a, b)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def sweep_linked(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
     scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, terms: Terms, moved_G: Array, epsilon: float,

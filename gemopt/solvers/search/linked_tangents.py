@@ -9,13 +9,13 @@ that goes to either item, or from one to the other, then gains less.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.solvers.search.state import Array
 from gemopt.solvers.search.streams import Scratch, Stream, beyond, number
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_slopes(stream: Stream, weights_T: Array, slopes: Array) -> None:
     """Fill `slopes` [T, C, D]: microseconds more for one token more from a sender to a destination."""
     flat = slopes.reshape(slopes.shape[0], -1)
@@ -39,7 +39,7 @@ def set_slopes(stream: Stream, weights_T: Array, slopes: Array) -> None:
                     flat[t, stream.row_of[at]] += weights_T[t] * slope * stream.bytes_of[at]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def add_item(stream: Stream, scratch: Scratch, x: int, moved_G: Array, gained_D: Array) -> None:
     """What the tokens promise that go to item x, where it goes to another rank. gained_D: room."""
     once, twice, node, num_ranks = scratch.once, scratch.twice, stream.node, stream.node.shape[0]
@@ -70,7 +70,7 @@ def add_item(stream: Stream, scratch: Scratch, x: int, moved_G: Array, gained_D:
             moved_G[b] += gained_D[num_ranks + node[b]] - lost_node
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def add_senders(stream: Stream, scratch: Scratch, x: int, moved_G: Array) -> None:
     """What the tokens promise whose sender goes with item x, their destinations staying."""
     a = stream.home[x]
@@ -83,7 +83,7 @@ def add_senders(stream: Stream, scratch: Scratch, x: int, moved_G: Array) -> Non
                     moved_G[b] += tokens * (slopes[b, d] - slopes[a, d])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def add_promises(stream: Stream, scratch: Scratch, weights_T: Array, moved: Array) -> None:
     """Add what a stream promises; weights_T: of its time in the cost of each step."""
     if stream.step.shape[0] == 0:

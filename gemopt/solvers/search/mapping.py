@@ -7,8 +7,8 @@ where one ends that begins with experts which are hot at different steps.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
@@ -42,7 +42,7 @@ def mapped_row(problem: Problem, costs: Costs, copies_E: Row, stop: Array, order
     return row
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def score(time_T: Array, values: Array, ranks: Array, rank: int, weights_T: Array) -> float:
     """Weighted makespan where one rank takes so long and the others what they take now; see `slowest_three`."""
     first_T, second_T, rank_T, total = values[0], values[1], ranks[0], 0.0
@@ -53,7 +53,7 @@ def score(time_T: Array, values: Array, ranks: Array, rank: int, weights_T: Arra
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def map_in_order(costs: Costs, items: Array, expert_I: Array, left_G: Array, weights_T: Array, stop: Array) -> Array:
     """[I] rank of each item: with room, and least makespan of what is placed so far, then least time of its own.
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.evaluate import loads, objective
 from gemopt.kernels import ZERO, latency_value, put, rank_latencies
 from gemopt.latency import Curves, FloatArray
@@ -128,7 +128,7 @@ def objectives(
     return [float((times_T * problem.weights_T).sum()) for times_T in times_NT]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def walk_makespans(loads_TGF: Array, rows_NP: Array, rank_P: Array, features_FTE: Array, curves: Curves) -> Array:
     """[N, T] slowest rank under each row, given the loads of the first, which are changed on the way."""
     steps, ranks, features = loads_TGF.shape
@@ -159,7 +159,7 @@ def walk_makespans(loads_TGF: Array, rows_NP: Array, rank_P: Array, features_FTE
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S: Array) -> int:
     """Take the best swap while one pays; fills in the placement and the moves after each, and returns how many."""
     num_ranks, steps = state.times.shape
@@ -200,7 +200,7 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
     return taken
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def find_best(
     costs: Costs,
     state: State,
@@ -245,7 +245,7 @@ def find_best(
     return best
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def swap_for(
     costs: Costs,
     state: State,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.solvers.search.gains import steepest
 from gemopt.solvers.search.state import Array, Costs, Number, State
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def by_step(items_PFT: Array) -> Array:
     """[F, T, P] the same loads of slots, those of a step beside each other."""
     items_FTP = np.empty((*items_PFT.shape[1:], items_PFT.shape[0]), items_PFT.dtype)
@@ -18,7 +18,7 @@ def by_step(items_PFT: Array) -> Array:
     return items_FTP
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def put_slot(items_FTP: Array, items_PFT: Array, p: Number) -> None:
     """Fill in the loads of a slot."""
     for f in range(items_FTP.shape[0]):
@@ -26,7 +26,7 @@ def put_slot(items_FTP: Array, items_PFT: Array, p: Number) -> None:
             items_FTP[f, t, p] = items_PFT[p, f, t]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def pull_of(costs: Costs, state: State, ranks: Array, items_FTP: Array) -> Array:
     """[G, P] cost that what each slot holds adds to each rank, by its slope where it is slowest; 0 where tables say it.
 
@@ -51,7 +51,7 @@ def pull_of(costs: Costs, state: State, ranks: Array, items_FTP: Array) -> Array
     return pull_GP
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def lower_reach(reach: Array, starts: Array, pull_GP: Array, price_GP: Array) -> None:
     """Take into `reach` the most that the tangent lets a swap of each pair of ranks gain beyond the price of its moves.
 
@@ -67,7 +67,7 @@ def lower_reach(reach: Array, starts: Array, pull_GP: Array, price_GP: Array) ->
             reach[a, b] = min(reach[a, b], high - low)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_tilt(starts: Array, pull_GP: Array, a: Number, b: Number, tilt: Array) -> None:
     """Fill in `Pair.tilt` for swaps between two ranks."""
     for rank in (a, b):
@@ -75,7 +75,7 @@ def set_tilt(starts: Array, pull_GP: Array, a: Number, b: Number, tilt: Array) -
             tilt[p] = pull_GP[b, p] - pull_GP[a, p]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def extend(reach: Array, before: Array, who: Array, values: Array, ranks: Array, weights_T: Array) -> None:
     """Add to what swaps of each pair of ranks gain at most, since others became faster.
 
@@ -97,7 +97,7 @@ def extend(reach: Array, before: Array, who: Array, values: Array, ranks: Array,
                 reach[min(c, d), max(c, d)] += np.float64(weights_T[t] * (now - was))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def promising_pairs(state: State, values: Array, ranks: Array) -> Array:
     """Pairs `a * G + b` of ranks, a < b, those first whose being slowest costs most: only they can gain."""
     num_ranks, steps = state.times.shape

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import NO
 from gemopt.solvers.search.gains import (
     BLOCK,
@@ -26,7 +26,7 @@ from gemopt.solvers.search.terms import Terms, extra_moves, permitted
 ROUNDING = 1e-9  # of the cost: far more than what the order of a few sums in float64 changes
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def scan_pair(
     costs: Costs, state: State, a: int, b: int, pair: Pair, terms: Terms, moved_G: Array, best: Array, slots: Array
 ) -> None:
@@ -40,7 +40,7 @@ def scan_pair(
         scan_swaps(costs, state, a, b, pair, terms, moved_G, current, best, slots)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def scan_swaps(
     costs: Costs,
     state: State,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.problem import Problem
 from gemopt.solvers.search.gains import BLOCK
@@ -56,7 +56,7 @@ def make_shares(problem: Problem) -> Shares | None:
     return Shares(counts_ET, table_FN, problem.full)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def make_change(state: State) -> Change:
     """Room for `Change`, to be filled by `list_change` and `list_affected`."""
     size, steps = 2 * state.times.shape[0] + 2, state.times.shape[1]
@@ -66,7 +66,7 @@ def make_change(state: State) -> Change:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def share_of(shares: Shares, change: Change, c: int, f: int, t: int) -> Number:
     """Feature of a changed slot's share at a step."""
     side = change.sides[c]
@@ -75,7 +75,7 @@ def share_of(shares: Shares, change: Change, c: int, f: int, t: int) -> Number:
     return shares.table_FN[f, change.quotient[side, t] + (change.position[c] < change.rest[side, t])]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def time_of(costs: Costs, rank: int, loads_F: Array) -> Number:
     """Latency of one rank under one load vector."""
     best = np.float32(-1e30)
@@ -124,7 +124,7 @@ class Search(NamedTuple):
     joins: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def make_search(state: State) -> Search:
     """Room for `Search`, to be filled by `refresh`."""
     num_ranks, steps = state.times.shape
@@ -139,7 +139,7 @@ def make_search(state: State) -> Search:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def refresh(costs: Costs, state: State, shares: Shares, search: Search, epsilon: float, racing: bool) -> float:
     """Fill `search` for the present state; returns its cost."""
     num_ranks, steps = state.times.shape
@@ -164,7 +164,7 @@ def refresh(costs: Costs, state: State, shares: Shares, search: Search, epsilon:
     return set_limits(state, search, epsilon, racing)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> None:
     """Fill `tilt` and `joins`: slopes of the slowest ranks about their loads, times the shares of every expert."""
     features, steps = state.items.shape[1:]
@@ -196,7 +196,7 @@ def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> Non
             search.joins[e] += search.tilt[e, 2, g] - search.tilt[e, 1, g]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def leaving(state: State, search: Search, slot: int) -> Number:
     """What the slowest ranks change by, to first order, when a slot is emptied and the other copies take its share."""
     expert, rank = state.content[slot], rank_of(state, slot)
@@ -210,7 +210,7 @@ def leaving(state: State, search: Search, slot: int) -> Number:
     return change
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_limits(state: State, search: Search, epsilon: float, racing: bool) -> float:
     """Limits a change must stay below: the present cost up to each block, or only in all."""
     limits, steps, total = search.limits, state.times.shape[1], 0.0
@@ -224,7 +224,7 @@ def set_limits(state: State, search: Search, epsilon: float, racing: bool) -> fl
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def list_change(state: State, shares: Shares, search: Search, slot: int, expert: int, change: Change) -> None:
     """Fill `change` for giving `slot` to `expert` (-1: emptying it): all copies of both experts change."""
     old, size = state.content[slot], 1
@@ -253,7 +253,7 @@ def list_change(state: State, shares: Shares, search: Search, slot: int, expert:
     change.size[0] = size
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def list_affected(state: State, search: Search, change: Change) -> int:
     """Fill `affected`, `group` and `row` with the ranks that a change affects; returns how many."""
     count = 0

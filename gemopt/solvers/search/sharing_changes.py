@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, PLUS, put
 from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, rank_of, rank_times
 from gemopt.solvers.search.swaps import slowest_three
@@ -63,7 +63,7 @@ class Change(NamedTuple):
     who: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def make_change(state: State) -> Change:
     """Room for changes of a state."""
     slots, features, steps = state.items.shape
@@ -80,7 +80,7 @@ def make_change(state: State) -> Change:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def nearest_users(nodes_G: Array, slot_G: Array, users_G: Array) -> None:
     """Rank whose copy each sender uses, as `nearest_copies` has it."""
     copies = 0
@@ -102,7 +102,7 @@ def nearest_users(nodes_G: Array, slot_G: Array, users_G: Array) -> None:
                 left -= 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def concern(change: Change, slot: Number, rank: Number, expert: Number, begin: float, end: float) -> None:
     """Note what a slot holds afterwards."""
     n = change.size[0]
@@ -114,7 +114,7 @@ def concern(change: Change, slot: Number, rank: Number, expert: Number, begin: f
         change.size[1] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def take_up(sharing: Sharing, change: Change, x: Number, expert: Number) -> None:
     """Begin with the copies of an expert as they are."""
     change.experts[x] = expert
@@ -125,7 +125,7 @@ def take_up(sharing: Sharing, change: Change, x: Number, expert: Number) -> None
             change.weight[x, g] = sharing.end_P[p] - sharing.begin_P[p] if p >= 0 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def list_shares(state: State, sharing: Sharing, change: Change, x: Number) -> None:
     """Note the slots where an expert's share changes, given its copies and weights."""
     expert, taken, last, ranks = change.experts[x], 0.0, MINUS, change.slot.shape[1]
@@ -150,7 +150,7 @@ def list_shares(state: State, sharing: Sharing, change: Change, x: Number) -> No
             concern(change, p, g, expert, begin, taken)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def fill_item(
     state: State, sharing: Sharing, change: Change, n: Number, lo: Number, hi: Number, loads_FN: Array
 ) -> None:
@@ -181,7 +181,7 @@ def fill_item(
             loads_FN[f, t] += new_T[t] - old_T[t]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def loss_of(costs: Costs, state: State, sharing: Sharing, change: Change, lo: Number, hi: Number) -> float:
     """What a change costs more at some steps, in weighted microseconds."""
     features, size, lost = state.items.shape[1], hi - lo, 0.0
@@ -212,7 +212,7 @@ def loss_of(costs: Costs, state: State, sharing: Sharing, change: Change, lo: Nu
     return lost
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def carry_out(state: State, sharing: Sharing, change: Change, first: Number) -> None:
     """Carry a change out, whose loss was told on all steps, those up to `first` by themselves."""
     features, steps = state.items.shape[1:]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, PLUS, ZERO, put
 from gemopt.solvers.search.sharing_changes import Change, Sharing, carry_out, concern, list_shares, loss_of, take_up
 from gemopt.solvers.search.state import Array, Costs, Number, State, freed, rank_of
@@ -18,7 +18,7 @@ FINEST = 3.0  # powers of ten: the least part of a weight that goes
 AT_A_GLANCE = 0.5  # of what a change may lose: losing more on the first steps, it will lose too much
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def draw_shift(state: State, sharing: Sharing, change: Change, g: Number, p: Number, draws: Array) -> bool:
     """Some weight goes from a copy on a rank, the first from a slot on, to another one."""
     first, size = state.starts[g], state.starts[g + 1] - state.starts[g]
@@ -37,7 +37,7 @@ def draw_shift(state: State, sharing: Sharing, change: Change, g: Number, p: Num
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def pass_on(change: Change, x: Number, g: Number, which: float, much: float) -> None:
     """Give a part of a copy's weight to another copy, both drawn; 1: all of it."""
     others: Number = -1 if change.slot[x, g] >= 0 else 0
@@ -54,13 +54,13 @@ def pass_on(change: Change, x: Number, g: Number, which: float, much: float) -> 
             left -= 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def part_of(drawn: float) -> float:
     """Part of a weight that goes elsewhere: all of it, or of any size."""
     return 1.0 if drawn < WHOLE else 10.0 ** (-FINEST * (drawn - WHOLE) / (1.0 - WHOLE))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def is_spare(state: State, sharing: Sharing, slot: Number) -> bool:
     """Whether a slot may hold something else: it is empty, or has a copy of what is elsewhere as well."""
     expert, copies = state.content[slot], 0
@@ -71,7 +71,7 @@ def is_spare(state: State, sharing: Sharing, slot: Number) -> bool:
     return copies > 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def draw_swap(state: State, sharing: Sharing, change: Change, g: Number, p: Number, draws: Array) -> bool:
     """Two slots of two ranks change places, shares and all."""
     q: Number = np.int64(draws[0] * len(state.content))
@@ -95,7 +95,7 @@ def draw_swap(state: State, sharing: Sharing, change: Change, g: Number, p: Numb
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def draw_copy(state: State, sharing: Sharing, change: Change, g: Number, p: Number, draws: Array, drop: bool) -> bool:
     """A spare slot gets a copy of what a slot holds, or with `drop` nothing."""
     slots = len(state.content)
@@ -124,7 +124,7 @@ def draw_copy(state: State, sharing: Sharing, change: Change, g: Number, p: Numb
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def draw_change(state: State, sharing: Sharing, change: Change, draws: Array) -> bool:
     """Draw a change and note what it concerns; whether it may be."""
     ranks, steps = state.times.shape
@@ -153,7 +153,7 @@ def draw_change(state: State, sharing: Sharing, change: Change, draws: Array) ->
     return made and change.size[0] > 0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def walk(
     costs: Costs, state: State, sharing: Sharing, change: Change, draws_ND: Array, may_lose_N: Array, first: int,
     values: Array, best_P: Array, begin_P: Array, end_P: Array,

@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.evaluate import rank_times
 from gemopt.kernels import Array, latency_value
 from gemopt.latency import Curves, FloatArray, pack
@@ -34,7 +34,7 @@ Cost = Callable[[Row, NDArray[np.int64]], tuple[FloatArray, NDArray[np.int64]]]
 """[N] microseconds that some steps take, before weights, and the ranks that they wait for."""
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def parted_times(
     table_FN: Array, counts_TE: Array, row_P: Array, rank_P: Array, high: Curves, curves: Curves, steps: Array
 ) -> Array:

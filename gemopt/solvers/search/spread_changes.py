@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, ZERO, Array, put
 from gemopt.latency import FloatArray
 from gemopt.solvers.search.sharing_draws import AT_A_GLANCE
@@ -64,7 +64,7 @@ def make_work(steps: int, slots: int, ranks: int) -> Work:
     return Work(make_room(ranks), parts_P, members, np.zeros(steps), cut_TW, inside_T, moved_T, moved_T.copy())
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def fill_most(levels: Levels, flow: Flow) -> None:
     """Fill in what ranks and cuts hold within the times of the steps."""
     members = np.empty(flow.load_TG.shape[1], np.int64)
@@ -73,7 +73,7 @@ def fill_most(levels: Levels, flow: Flow) -> None:
         fill_held(flow.cuts, t, flow.most_TG[t], members)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def least_times(
     levels: Levels, counts_TE: Array, fluid_T: Array, flow: Flow, change: Change, work: Work, steps: IntArray
 ) -> None:
@@ -121,7 +121,7 @@ def least_times(
             work.cut_TW[t, w] = ranks_TMW[t, best, w] if best < known else change.ranks_4W[best - known, w]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def receiver(
     shares_TP: IntArray,
     load_TG: IntArray,
@@ -145,7 +145,7 @@ def receiver(
     return best, share
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def exchange(flow: Flow, slot: int, to: int, net: int, rank_P: IntArray, t: int) -> None:
     """Carry a change out in the shares and loads of a step."""
     if to >= 0:
@@ -155,7 +155,7 @@ def exchange(flow: Flow, slot: int, to: int, net: int, rank_P: IntArray, t: int)
         flow.load_TG[t, rank_P[to]] += net
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def split_anew(
     levels: Levels, copies: Copies, flow: Flow, work: Work, t: int, fluid: float, moved: tuple[int, int, int],
     rank_P: IntArray,
@@ -181,7 +181,7 @@ def split_anew(
     return settle(levels, copies, parts_C, room, work.least_T[t], work.least_T[t] == flow.times_T[t])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def moved_over(counts_TE: Array, cut_W: IntArray, experts: IntArray, from_2W: IntArray, to_2W: IntArray, t: int) -> int:
     """How much more load is inside of a cut where two experts, -1 for none, go from some ranks to others."""
     more = 0
@@ -192,7 +192,7 @@ def moved_over(counts_TE: Array, cut_W: IntArray, experts: IntArray, from_2W: In
     return more
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def keep(copies: Copies, flow: Flow, work: Work, t: int, time: float) -> None:
     """Take the split that is in `work` over; the cut of before is one of the others then."""
     room, cuts = work.room, flow.cuts
@@ -209,7 +209,7 @@ def keep(copies: Copies, flow: Flow, work: Work, t: int, time: float) -> None:
     fill_held(cuts, t, room.most, work.members)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def lost_at_least(weights_T: Array, flow: Flow, work: Work, steps: IntArray) -> Array:
     """[N] weighted microseconds that some steps lose at least."""
     lost_N = np.empty(len(steps))
@@ -219,7 +219,7 @@ def lost_at_least(weights_T: Array, flow: Flow, work: Work, steps: IntArray) -> 
     return lost_N
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def saved_on(
     levels: Levels, counts_TE: Array, weights_T: Array, fluid_T: Array, copies: Copies, flow: Flow, change: Change,
     rank_P: IntArray, work: Work, steps: IntArray, saved: float, least: float,
@@ -248,7 +248,7 @@ def saved_on(
     return saved
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def try_change(
     levels: Levels, counts_TE: Array, weights_T: Array, fluid_T: Array, after_P: IntArray, rank_P: IntArray, flow: Flow,
     change: Change, work: Work, order: IntArray, glance: int, least: float, size: tuple[int, int],
@@ -287,7 +287,7 @@ def try_change(
     return True, saved
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def try_drawn(
     levels: Levels, counts_TE: Array, weights_T: Array, fluid_T: Array, row_P: IntArray, rank_P: IntArray,
     barred_EG: Array, slot_P: Array, expert_E: Array, draws_ND: Array, flow: Flow, work: Work, order: IntArray,

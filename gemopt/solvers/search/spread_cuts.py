@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import Array, put
 from gemopt.splits.levels import IntArray
 
@@ -48,13 +48,13 @@ def first_cuts(cuts: Cuts, num_ranks: int) -> NDArray[np.bool_]:
     return np.ascontiguousarray(cuts.ranks_TMW[:, 0][:, words] >> bits & 1, dtype=np.bool_)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def words_for(num_ranks: int) -> int:
     """Words with a bit for each rank."""
     return 1 + (num_ranks - 1) // WORD
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def bits_of(ranks: IntArray, words: int) -> IntArray:
     """Bits of some ranks."""
     bits_W = np.zeros(words, np.int64)
@@ -63,7 +63,7 @@ def bits_of(ranks: IntArray, words: int) -> IntArray:
     return bits_W
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def ranks_in(bits_W: IntArray, members: IntArray) -> int:
     """Write the ranks of some bits into `members`; returns how many there are."""
     size = 0
@@ -77,7 +77,7 @@ def ranks_in(bits_W: IntArray, members: IntArray) -> int:
     return size
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def remember(cuts: Cuts, t: int, bits_W: IntArray, inside: int, most_G: IntArray) -> int:
     """Keep a cut of a step in place of the oldest but the first; returns where, -1 if it is known."""
     for m in range(cuts.ranks_TMW.shape[1]):
@@ -93,7 +93,7 @@ def remember(cuts: Cuts, t: int, bits_W: IntArray, inside: int, most_G: IntArray
     return int(at)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def fill_held(cuts: Cuts, t: int, most_G: IntArray, members: Array) -> None:
     """Fill in what the cuts of a step hold, by what ranks do. members: room for these."""
     for m in range(cuts.most_TM.shape[1]):

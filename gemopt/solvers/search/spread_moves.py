@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import Array, put
 from gemopt.solvers.search.spread_cuts import bits_of, words_for
 from gemopt.splits.levels import IntArray, Number
@@ -35,13 +35,13 @@ class Change(NamedTuple):
     held: IntArray
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def ranks_of(row_P: IntArray, rank_P: IntArray, expert: Number) -> Number:
     """The ranks that have an expert; none of no expert."""
     return rank_P[(row_P == expert) & (expert >= 0)]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def held_alone(row_P: IntArray, rank_P: IntArray, members: IntArray, size: tuple[int, int]) -> Array:
     """The experts that are on some ranks and on no others. size: numbers of experts and ranks."""
     held_E, member_G = np.zeros(size[0], np.bool_), np.zeros(size[1], np.bool_)
@@ -54,7 +54,7 @@ def held_alone(row_P: IntArray, rank_P: IntArray, members: IntArray, size: tuple
     return np.flatnonzero(held_E)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def make_change(
     row_P: IntArray, after_P: IntArray, rank_P: IntArray, slot: int, other: int, size: tuple[int, int]
 ) -> Change:

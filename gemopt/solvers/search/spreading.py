@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.kernels import ZERO, Array, put, rank_loads
 from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import held
@@ -28,7 +28,7 @@ NARROW = 1e-9  # of a time: a cut that costs less does not bind
 LONGEST = 3.0  # times the longest fluid time: longer times are not tabled
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def spread_through(
     levels: Levels, alone_TG: Array, copies: Copies, parts_TC: Array, fluid_T: Array, times_T: Array, cut_TG: Array,
     load_TG: Array,
@@ -41,7 +41,7 @@ def spread_through(
         put(load_TG[t], room.load)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def promise_through(
     curves: Curves, counts_TE: Array, home_E: Array, copies: Copies, parts_TC: Array, fluid_T: Array, times_T: Array,
     cut_TG: Array, load_TG: Array, slope_T: Array, gain_EG: Array,

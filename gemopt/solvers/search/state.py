@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.compiling import njit
 from gemopt.exceptions import UnsupportedError
 from gemopt.latency import Latency
 from gemopt.migration import held
@@ -231,7 +231,7 @@ def _barred(problem: Problem, row: NDArray[np.int64]) -> tuple[Array, Array]:
     return barred, clashes
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def bar_clashes(state: State, rank: int, expert: int, change: int) -> None:
     """Bring `barred` up to date for the clashes of an expert (-1: none) that a rank got (1) or lost (-1)."""
     if expert >= 0:
@@ -240,7 +240,7 @@ def bar_clashes(state: State, rank: int, expert: int, change: int) -> None:
                 state.barred[rank, state.clashes[expert, n]] += change
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def freed(state: State, rank: int, expert: int, leaving: int) -> bool:
     """Whether nothing keeps an expert off a rank but one that leaves it (-1: none does)."""
     reasons = 0
@@ -249,7 +249,7 @@ def freed(state: State, rank: int, expert: int, leaving: int) -> bool:
     return bool(state.barred[rank, expert] == reasons)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def rank_times(costs: Costs, rank: int, loads_FT: Array, out_T: Array) -> None:
     """Latency of one rank at every step."""
     features, steps = loads_FT.shape
@@ -275,7 +275,7 @@ def rank_times(costs: Costs, rank: int, loads_FT: Array, out_T: Array) -> None:
         out_T[t] = best
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@njit(nogil=True, fastmath=True, inline="always")
 def lookup(costs: Costs, rank: int, term: int, feature: int, load: float) -> Number:
     """Table value at a load, interpolated when the table is coarser than one load."""
     stride = costs.strides[feature]
@@ -289,7 +289,7 @@ def lookup(costs: Costs, rank: int, term: int, feature: int, load: float) -> Num
     return low + part * (costs.tables[offset + cell + 1] - low)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rank_of(state: State, slot: int) -> Number:
     """Rank that owns a slot."""
     low, high = 0, state.starts.shape[0]

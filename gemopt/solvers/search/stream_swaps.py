@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.solvers.search.state import Array
 from gemopt.solvers.search.streams import Scratch, Stream, beyond, mark, number
 
 ALL, NONE = np.uint64(2**64 - 1), np.uint64(0)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def list_item(stream: Stream, scratch: Scratch, side: int, x: int, y: int, a: int, b: int) -> None:
     """Changes of the tokens that go to item x, which goes from rank a to b, and not to y, which comes to a.
 
@@ -39,7 +39,7 @@ def list_item(stream: Stream, scratch: Scratch, side: int, x: int, y: int, a: in
                 columns[t, 2 * level + 1 - side, stream.home[group]] += gained
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def list_senders(stream: Stream, scratch: Scratch, side: int, x: int) -> None:
     """Changes of the tokens whose sender goes with item x: they start from the other rank."""
     for word in range(stream.from_start[x], stream.from_start[x + 1]):
@@ -51,7 +51,7 @@ def list_senders(stream: Stream, scratch: Scratch, side: int, x: int) -> None:
             scratch.rows[t, 1 - side, d] += tokens
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def hold(stream: Stream, held_W: Array, x: int, mask: Any) -> None:
     """Write the tokens of an item (-1: none) into the room for them; mask 0: take them out."""
     if x >= 0:
@@ -59,7 +59,7 @@ def hold(stream: Stream, held_W: Array, x: int, mask: Any) -> None:
             held_W[stream.to_word[at]] = stream.to_bits[at] & mask
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def list_swap(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int) -> None:
     """All that changes when item x (-1: none) of rank a and y of b change places."""
     if scratch.own:
@@ -78,7 +78,7 @@ def list_swap(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int) 
         hold(stream, scratch.held[1], y, NONE)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def to_ports(stream: Stream, scratch: Scratch, a: int, b: int) -> None:
     """Bytes on ports of what was listed for a swap between the ranks a and b."""
     columns, rows, loads, changed = scratch.columns, scratch.rows, scratch.loads, scratch.changed
@@ -108,7 +108,7 @@ def to_ports(stream: Stream, scratch: Scratch, a: int, b: int) -> None:
                             loads[t, port[k]] += tokens * size[k]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def forget(scratch: Scratch) -> None:
     """Undo what was listed."""
     for t in range(scratch.times.shape[0]):
@@ -117,7 +117,7 @@ def forget(scratch: Scratch) -> None:
             scratch.changed[t] = 0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def commit(stream: Stream, scratch: Scratch, a: int, b: int) -> None:
     """Carry out what was listed; the ranks of the items are the new ones already."""
     for t in range(scratch.times.shape[0]):

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import put
 from gemopt.latency import Curve
 from gemopt.links.flows import Flow, Routes
@@ -171,7 +171,7 @@ def make_scratch(stream: Stream, *, own: bool) -> Scratch:
     return scratch
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def number(stream: Stream, word: Any) -> Any:
     """Tokens of a word: its bits, as compilers know how to count them."""
     if not stream.counted:
@@ -182,13 +182,13 @@ def number(stream: Stream, word: Any) -> Any:
     return np.int64(word)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def beyond(stream: Stream, bits: Any, others: Any) -> Any:
     """How many of the tokens in a word are not among others; where each goes to one item, none is."""
     return number(stream, bits if stream.counted else bits & ~others)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def mark(stream: Stream, scratch: Scratch, destination: int) -> None:
     """Bring `once` and `twice` of a destination up to date with the ranks of the items."""
     once, twice, node, num_ranks = scratch.once, scratch.twice, stream.node, stream.node.shape[0]
@@ -207,7 +207,7 @@ def mark(stream: Stream, scratch: Scratch, destination: int) -> None:
                 once[word, destination] |= bits
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_loads(stream: Stream, scratch: Scratch) -> None:
     """Fill the stream's loads and times."""
     stream.loads[:] = 0.0
@@ -222,7 +222,7 @@ def set_loads(stream: Stream, scratch: Scratch) -> None:
     put(stream.times, scratch.times)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def fullest(base: Array, slope: Array, load: Array, more: Array) -> float:
     """Microseconds of the fullest port, each with one line; a port without bytes takes none."""
     worst = 0.0
@@ -233,7 +233,7 @@ def fullest(base: Array, slope: Array, load: Array, more: Array) -> float:
     return worst
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_times(stream: Stream, scratch: Scratch) -> None:
     """Fill `scratch.times` with the steps' times after the listed changes."""
     ends, lines = stream.ends, stream.lines

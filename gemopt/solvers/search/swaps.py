@@ -12,8 +12,8 @@ that is stopped ends with a feasible state, no dearer than the one it had.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.kernels import MINUS, NO, PLUS, YES, put
 from gemopt.solvers.search.gains import BLOCK, Pair, allowed, find_gain, make_pair, set_tangent
 from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, rank_of, rank_times
@@ -23,7 +23,7 @@ MEMBERS = 3  # ranks that a kick stays among
 KICK_DRAWS = 1 + MEMBERS + 2 * 2  # whether it is kept, the ranks, two swaps
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def exchange(item_i: Array, item_j: Array, load_a: Array, load_b: Array) -> None:
     """Exchange the loads [T] of two slots, and bring those of their ranks up to date."""
     for t in range(item_i.shape[0]):
@@ -33,7 +33,7 @@ def exchange(item_i: Array, item_j: Array, load_a: Array, load_b: Array) -> None
         load_b[t] += x - y
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def apply_swap(costs: Costs, state: State, a: int, b: int, i: int, j: int) -> None:
     """Exchange the contents of slot i of rank a and slot j of rank b, and log it."""
     if state.logged[0] < state.log.shape[0]:
@@ -57,7 +57,7 @@ def apply_swap(costs: Costs, state: State, a: int, b: int, i: int, j: int) -> No
     rank_times(costs, b, state.loads[b], state.times[b])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def slowest_three(times_GT: Array, values: Array, ranks: Array) -> None:
     """[3, T] latencies and ranks of the three slowest ranks of every step (-1 where there are fewer)."""
     values[:] = np.float32(-1e30)
@@ -77,7 +77,7 @@ def slowest_three(times_GT: Array, values: Array, ranks: Array) -> None:
             first_T[t] = max(first, v)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def mark_slowest(ranks: Array, slowest_G: Array) -> None:
     """[G] whether a rank is the slowest of any step: swaps of two that never are gain nothing."""
     slowest_G[:] = False
@@ -85,14 +85,14 @@ def mark_slowest(ranks: Array, slowest_G: Array) -> None:
         slowest_G[ranks[0, t]] = True
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def slower(worst_T: Array, time_T: Array) -> None:
     """Raise [T] latencies to those of another rank."""
     for t in range(worst_T.shape[0]):
         worst_T[t] = max(worst_T[t], time_T[t])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def total_cost(state: State) -> float:
     """Weighted sum of the makespans."""
     worst_T = state.times[0].copy()
@@ -101,7 +101,7 @@ def total_cost(state: State) -> float:
     return weighted_sum(worst_T, state.weights)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def weighted_sum(time_T: Array, weights_T: Array) -> float:
     """Sum of products in float64."""
     total = 0.0
@@ -110,7 +110,7 @@ def weighted_sum(time_T: Array, weights_T: Array) -> float:
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def fix_others(a: int, b: int, values: Array, ranks: Array, pair: Pair) -> None:
     """Fill `pair` with the slowest rank other than a and b, and with what the steps after each block cost at least."""
     others_T = pair.others_T
@@ -122,7 +122,7 @@ def fix_others(a: int, b: int, values: Array, ranks: Array, pair: Pair) -> None:
     set_rest(pair)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def set_rest(pair: Pair) -> None:
     """What the steps after each block cost at least, given the slowest other rank."""
     rest, steps = pair.rest, pair.others_T.shape[0]
@@ -136,7 +136,7 @@ def set_rest(pair: Pair) -> None:
         rest[block] = rest[block + 1] + part
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def set_limits(state: State, a: int, b: int, pair: Pair, racing: bool) -> float:
     """Limits for swaps that must beat the present cost of the pair, which is returned."""
     steps = state.times.shape[1]
@@ -157,7 +157,7 @@ def set_limits(state: State, a: int, b: int, pair: Pair, racing: bool) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def improve_pair(costs: Costs, state: State, a: int, b: int, pair: Pair, racing: bool) -> bool:
     """Swap between two ranks until no swap of theirs helps; True when anything changed."""
     current = set_limits(state, a, b, pair, racing)
@@ -187,7 +187,7 @@ def improve_pair(costs: Costs, state: State, a: int, b: int, pair: Pair, racing:
     return changed
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
     """Swap until no pair of ranks improves, or until stopped; returns the weighted cost.
 
@@ -230,7 +230,7 @@ def descend_all(costs: Costs, state: State, full: bool) -> float:
     return float(descend(costs, state, np.ones(state.times.shape[0], np.bool_), full))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def slowest_outside(state: State, members: Array, rest_T: Array) -> None:
     """[T] the slowest rank that is no member."""
     rest_T[:] = np.float32(-1e30)
@@ -242,7 +242,7 @@ def slowest_outside(state: State, members: Array, rest_T: Array) -> None:
             slower(rest_T, state.times[g])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def kick(costs: Costs, state: State, members: Array, draws: Array) -> None:
     """Random swaps of slots of the members, given by `draws` [2 n] in [0, 1)."""
     size = 0
@@ -256,7 +256,7 @@ def kick(costs: Costs, state: State, members: Array, draws: Array) -> None:
             apply_swap(costs, state, a, b, i, j)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def slot_of(state: State, members: Array, number: int) -> Number:
     """Slot with this number among those of the members."""
     for g in members:
@@ -267,7 +267,7 @@ def slot_of(state: State, members: Array, number: int) -> Number:
     return np.int64(-1)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pair: Pair) -> None:
     """Swap between the members until no pair of them improves, or until stopped; rest_T: slowest of all other ranks."""
     clock, improved = 1, True
@@ -291,7 +291,7 @@ def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pa
                     improved = True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def iterate(costs: Costs, state: State, draws: Array, best: float, row: Array, losses: Array, heat: float) -> float:
     """Iterated local search: kick a few ranks, descend among them, keep what is better, else take all swaps back.
 
@@ -332,7 +332,7 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, row: Array, l
     return best
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def cost_among(state: State, members: Array, rest_T: Array, worst_T: Array) -> float:
     """Weighted sum of the makespans, given the slowest rank outside; worst_T: room."""
     put(worst_T, rest_T)
@@ -341,7 +341,7 @@ def cost_among(state: State, members: Array, rest_T: Array, worst_T: Array) -> f
     return weighted_sum(worst_T, state.weights)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def take_back(costs: Costs, state: State) -> None:
     """Undo all swaps of the log."""
     for n in range(state.logged[0] - 1, -1, -1):

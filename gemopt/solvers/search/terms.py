@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from gemopt.compiling import njit
 from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.search.state import Array, Number, State
@@ -44,13 +44,13 @@ def free_terms(problem: Problem) -> Terms:
     return make_terms(problem, Moves(np.ones(shape, dtype=bool)))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def moves_of(terms: Terms, rank: Number, expert: Number) -> Number:
     """1 where a rank that holds an expert (-1: none) must have received it, else 0."""
     return 0 if expert < 0 or terms.home_GE[rank, expert] else 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_prices(content: Array, home_GE: Array, price: float, first: Number, end: Number, price_GP: Array) -> None:
     """Fill in what holding the contents of the slots from `first` to before `end` costs each rank, in microseconds:
     the price of a move, or nothing."""
@@ -60,7 +60,7 @@ def set_prices(content: Array, home_GE: Array, price: float, first: Number, end:
             price_GP[g, p] = 0.0 if expert < 0 else price * (1 - int(home_GE[g, expert]))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_fees(starts: Array, price_GP: Array, a: Number, b: Number, fees: Array) -> None:
     """Fill in what bringing the content of each slot of two ranks to the other one adds (negative: refunds)."""
     for i in range(starts[a], starts[a + 1]):
@@ -69,7 +69,7 @@ def set_fees(starts: Array, price_GP: Array, a: Number, b: Number, fees: Array) 
         fees[j] = price_GP[a, j] - price_GP[b, j]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def set_fees_of(state: State, terms: Terms, a: Number, b: Number, fees: Array) -> None:
     """`set_fees` of two ranks alone."""
     content, home_GE, price = state.content, terms.home_GE, terms.price
@@ -79,7 +79,7 @@ def set_fees_of(state: State, terms: Terms, a: Number, b: Number, fees: Array) -
             fees[p] = 0.0 if expert < 0 else price * (int(home_GE[here, expert]) - int(home_GE[there, expert]))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def moved_into(state: State, terms: Terms) -> Array:
     """[G] moves into each rank at present."""
     moved_G = np.zeros(len(state.starts) - 1, np.int64)
@@ -89,7 +89,7 @@ def moved_into(state: State, terms: Terms) -> Array:
     return moved_G
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def extra_moves(state: State, terms: Terms, a: Number, b: Number, i: Number, j: Number) -> tuple[int, int]:
     """Moves into rank a and into rank b that swapping slot i of a with slot j of b adds (negative: refunds)."""
     expert_i, expert_j = state.content[i], state.content[j]
@@ -98,7 +98,7 @@ def extra_moves(state: State, terms: Terms, a: Number, b: Number, i: Number, j: 
     return into_a, into_b
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def permitted(
     terms: Terms, moved: Number, moved_G: Array, a: Number, b: Number, into_a: Number, into_b: Number
 ) -> bool:
