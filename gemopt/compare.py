@@ -22,6 +22,7 @@ from gemopt.result import Ceiling, LayerResult, Result, Status, StoppedBy, relat
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
+from gemopt.tables import frame, html_rows
 from gemopt.traces import Traces
 from gemopt.words import counted
 
@@ -105,6 +106,42 @@ class Comparison(BaseModel):
         return ", ".join(said)
 
 
+class Comparisons(list[Comparison]):
+    """The rows of `compare`, one for each solver: a list, which notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        def cells(field: str, digits: int, scale: float = 1.0, sign: str = "") -> list[str]:
+            values = [getattr(row, field) if row.ran else None for row in self]
+            return ["-" if value is None else f"{scale * value:{sign}.{digits}f}" for value in values]
+
+        held = {"held out %": cells("holdout_change", 1, 100, "+z")}
+        columns = {
+            "solver": [row.solver for row in self],
+            "total ms": cells("objective_us", 1, 1e-3),
+            "change %": cells("change", 1, 100, "+z"),
+            "bound ms": cells("bound_us", 1, 1e-3),
+            "gap %": cells("gap", 2, 100),
+            "time s": cells("seconds", 1),
+            **(held if any(row.holdout_us is not None for row in self) else {}),
+            **{f"p{q} us": cells(f"p{q}_us", 0) for q in (50, 90, 99)},
+            "": [(row.note or row.status.value) if row.objective_us is None else row.earned() for row in self],
+        }
+        return html_rows("gemopt: solvers compared", columns)
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row for each solver, and a column for every number.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        rows = [row.model_dump(mode="json") for row in self]
+        left = [row.pop("ceiling") or {} for row in rows]
+        columns = {name: [row[name] for row in rows] for name in Comparison.model_fields if name != "ceiling"}
+        return frame(columns | {f"ceiling.{name}": [each.get(name) for each in left] for name in Ceiling.model_fields})
+
+
 def compare(
     profile: Profile | str | os.PathLike[str],
     traces: Traces | str | os.PathLike[str],
@@ -114,7 +151,7 @@ def compare(
     cost: str | CostModel = "auto",
     on_result: Callable[[Comparison, Result | None], None] | None = None,
     **options: Any,
-) -> list[Comparison]:
+) -> Comparisons:
     """Run every solver on the same input and score each placement.
 
     Parameters
@@ -125,7 +162,7 @@ def compare(
         Share of the steps, the last ones, kept from the solvers and used to score; 0 scores the given steps.
     options
         Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `split`, `senders`, `seed`, `gap`, `patience`,
-        `threads`, `allow_one_rank`, `notice`, `topology`, `exchange`, `rules`.
+        `threads`, `allow_one_rank`, `notice`, `full_slots`, `topology`, `exchange`, `rules`.
 
     Notes
     -----
@@ -176,7 +213,7 @@ def _rows(
     held: Traces | None,
     fitted: CostModel,
     options: dict[str, Any],
-) -> list[Comparison]:
+) -> Comparisons:
     bound = _best_bound([result for _, result, _ in results if result is not None])
     scored = given if held is None else held
     placement = _contiguous(given, fitted, options.get("slots_per_rank"))
@@ -187,7 +224,7 @@ def _rows(
     )
     wanted = () if held is None or wired["topology"] is not None else (given, held)
     spreads_us = [_spread(steps, fitted) for steps in wanted]  # both whole: those of a result end with its time
-    rows = []
+    rows = Comparisons()
     for name, result, note in results:
         evaluation = None
         if result is not None and result.placement is not None:

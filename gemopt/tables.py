@@ -16,6 +16,14 @@ def html_table(title: str, facts: Mapping[str, object]) -> str:
     return f"<table><caption>{escape(title)}</caption>{rows}</table>"
 
 
+def html_rows(title: str, columns: Mapping[str, Sequence[str]]) -> str:
+    """A line of heads, and one for each entry of the columns, under a title; for `_repr_html_`."""
+    heads = "".join(f"<th>{escape(head)}</th>" for head in columns)
+    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in zip(*columns.values(), strict=True))
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><caption>{escape(title)}</caption><tr>{heads}</tr>{rows}</table>"
+
+
 def frame(columns: Mapping[str, Sequence[Any] | Any]) -> Any:
     """A pandas data frame of these columns.
 

@@ -178,6 +178,8 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], case:
         (("--plot", "nowhere/picture.png"), "nowhere"),
         (("--expert-bytes", 5), "--moves"),
         (("--moves", "--current", "p.json", "--slots-per-rank", 3), "--slots-per-rank: got 3"),
+        (("--moves", "--current", "p.json", "--engine", "sglang"), "--engine: got sglang"),
+        (("--engine", "sglang", "--slots-per-rank", "3,2"), "sglang needs as many slots on every rank"),
     ],
 )
 def test_wrong_options_of_compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -102,6 +103,21 @@ def test_notebooks_show_a_table_without_markup_of_the_user(solved: tuple[Profile
     shown = result.model_copy(update={"cost_summary": "<script>"})._repr_html_()
     assert f"{result.objective_us / result.num_steps:.1f} us" in shown and "<script>" not in shown
     assert f"{evaluation.quantile_us(0.99):.0f}" in evaluation._repr_html_()
+
+
+def test_a_comparison_is_a_list_that_is_a_table(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    pytest.importorskip("pandas")
+    measured, routed, *_ = solved
+    rows = pickle.loads(
+        pickle.dumps(gemopt.compare(measured, routed, solvers=["linear", "lpt", "branch"], time_limit=1))
+    )
+    assert isinstance(rows, list) and rows == list(rows)
+    table = rows.to_dataframe()
+    assert list(table.solver) == ["linear", "lpt", "branch"] and table.status[0] == "feasible"
+    assert table.objective_us[1] == rows[1].objective_us
+    assert table["ceiling.spread_us"][1] == rows[1].ceiling.spread_us
+    shown = rows._repr_html_()
+    assert shown.count("<tr>") == 4 and f"<td>{100 * rows[1].change:+z.1f}</td>" in shown and "held out %" in shown
 
 
 @pytest.mark.parametrize(("package", "call"), [("pandas", "to_dataframe()"), ("matplotlib", "plot_layers()")])

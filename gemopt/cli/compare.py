@@ -36,6 +36,7 @@ def compare_command(
     holdout: Annotated[float, typer.Option("--holdout", help="share of the steps kept to score on; 0: none")] = 0.5,
     time_limit: Annotated[float, typer.Option("--time-limit", help="wall seconds for each solver")] = 10.0,
     slots_per_rank: options.Slots = None,
+    engine: options.EngineName = None,
     seed: options.Seed = 0,
     gap: options.Gap = 0.0,
     cost: options.Cost = "auto",
@@ -96,7 +97,7 @@ def compare_command(
     if holdout:
         check_number("holdout", holdout, "a share strictly between 0 and 1, or 0", least=ABOVE_0, most=BELOW_1)
     if current is not None:
-        for option, value in (("--topology", topology), ("--slots-per-rank", slots_per_rank)):
+        for option, value in (("--topology", topology), ("--slots-per-rank", slots_per_rank), ("--engine", engine)):
             if value is not None:
                 raise InputError(option, str(value), "moves are not weighed with it", "leave out --current")
         del asked["topology"], asked["exchange"]
@@ -110,6 +111,7 @@ def compare_command(
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
     ):
         measured, loaded = Profile.load(profile), options.load_traces(traces, task, phase)
+        slots, split, full = options.heeded(engine, slots, None, loaded, measured, None, solver="auto")
         rows = compare(
             measured,
             loaded,
@@ -118,6 +120,8 @@ def compare_command(
             cost=cost,
             on_result=one_by_one(progress, len(names)),
             slots_per_rank=slots,
+            split=split,
+            full_slots=full,
             **asked,
         )
     options.note_doubts(measured, loaded)
