@@ -11,6 +11,7 @@ import pytest
 from advised import EXPERTS, RANKS, SHAPE, even, profile, skewed
 
 from gemopt.advise import Advice, ModelShape, advise
+from gemopt.advise.advisor import _warnings
 from gemopt.advise.options import _spread
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
 from gemopt.online import Policy
@@ -187,11 +188,16 @@ def test_what_does_not_pay_for_its_first_placement_in_time_is_not_recommended() 
     dear = Migration(expert_bytes=1e9, bytes_per_s=1e8, slowdown=0.5)
     found = advise(profile(), skewed(), window=8, horizon=20, migration=dear, sweep=False)
     assert found.scored_steps == 20 and found.fitted_steps == 44
-    assert found.recommended == "contiguous"
+    assert found.recommended == "contiguous" and found.confidence == 1.0, "nothing else is a choice"
     once = found.option("fitted-once")
     assert once.change < -0.05 and (once.breakeven_steps or 0) > 20
     said = f"fitted-once would change {100 * once.change:+.1f} %, but only after {once.breakeven_steps:.0f} steps"
     assert any(note.startswith(said) for note in found.notes)
+
+
+def test_a_strategy_that_no_command_follows_says_how_to_follow_it() -> None:
+    free = advise(profile(), skewed(), window=8, sweep=False).option("free")
+    assert any("gemopt watch" in note for note in _warnings(free, [free], 64, None, 0.0))
 
 
 def test_the_map_knows_skew_and_bandwidth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

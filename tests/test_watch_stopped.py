@@ -74,6 +74,13 @@ def test_a_command_that_does_not_heed_it_is_killed(folder: Path, monkeypatch: py
     ends(pid)
 
 
+def test_a_script_that_does_not_say_what_runs_it(folder: Path) -> None:
+    (script := folder / "reload.sh").write_text("echo reloaded\n")
+    script.chmod(0o755)
+    with pytest.raises(Exception, match=r"a command that can be run; begin the script with #!/bin/sh"):
+        run_command([str(script)], 60, threading.Event())
+
+
 def test_sigterm_while_the_command_runs_ends_the_watch(folder: Path) -> None:
     """The signal is real, and so is the process: code 0, the state, the placement as it was."""
     grow(folder, 0, traffic(hot=0))

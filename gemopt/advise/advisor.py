@@ -129,7 +129,7 @@ def advise(
     played = [_play(way, still, ["copies", *follow] if case.spare else follow, advance) for way in ways]
     broken = _broken_in_order(case)
     barred = {PREFIX + name for name in by if predictors is None} | ({"contiguous"} if broken else set())
-    options = options_of(case, played, barred=barred)
+    options = options_of(case, played, barred=barred, horizon=horizon)
     choices = [each for each in options if each.strategy not in barred]
     best = _recommended(choices, horizon)
     notes += _warnings(best, choices, traces.num_steps, horizon, moved) + _about_rules(case, broken)
@@ -260,6 +260,9 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
     if horizon is not None and first.strategy != best.strategy:
         late = f"only after {first.breakeven_steps:.0f} steps its first placement has paid for itself"
         notes.append(f"{first.strategy} would change {100 * first.change:+z.1f} %, but {late}: more than --horizon")
+    if best.strategy == "free":
+        notes.append("free solves afresh every window, which no command does by itself: solve and export as often on "
+                     "new traces; gemopt watch follows with few moves")  # fmt: skip
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     return notes

@@ -20,10 +20,13 @@ BOUND = "clairvoyant"
 Played = list[tuple[ReplayResult, NDArray[np.int64]]]  # replays of the same steps, each with the slots it ran on
 
 
-def options_of(case: Case, ways: Sequence[Played], *, barred: Collection[str] = ()) -> list[Option]:
+def options_of(
+    case: Case, ways: Sequence[Played], *, barred: Collection[str] = (), horizon: int | None = None
+) -> list[Option]:
     """One per strategy, `clairvoyant` left out: nobody can run it.
 
-    ways: the last steps played, and any others. barred: strategies that are no choice.
+    ways: the last steps played, and any others. barred: strategies that are no choice, as are those whose first
+    placement has not paid for itself within the horizon.
     """
     tracks = [[(track, slots_G) for result, slots_G in played for track in result.timeline if track.strategy != BOUND]
               for played in ways]  # fmt: skip
@@ -33,21 +36,30 @@ def options_of(case: Case, ways: Sequence[Played], *, barred: Collection[str] = 
     changes_WS = steps_WST.sum(axis=2) / base_W1 - 1
     step_S = (changes_WS * base_W1 / (base_W1 + rest_us)).mean(axis=0)
     saved_S = -(changes_WS * base_W1).mean(axis=0) / base_WT.shape[1]
-    choice_S = np.array([track.strategy not in barred for track, _ in tracks[0]])
+    paid_S = [_breakeven(_setup_us(case, track.setup_moves), float(saved_us))
+              for (track, _), saved_us in zip(tracks[0], saved_S, strict=True)]  # fmt: skip
+    allowed_S = np.array([track.strategy not in barred for track, _ in tracks[0]])
+    choice_S = allowed_S & [horizon is None or (paid is not None and paid <= horizon) for paid in paid_S]
+    choice_S = choice_S if choice_S.any() else allowed_S
     low_S, high_S, share_S = _spread(steps_WST, base_WT, case.window, case.seed, choice_S)
     size, found = case.migration.expert_bytes, []
     for s, (track, slots_G) in enumerate(tracks[0]):
-        setup_us = _setup_us(case, track.setup_moves)
-        paid = 0.0 if not setup_us else setup_us / float(saved_S[s]) if saved_S[s] > 0 else None
         found.append(Option(
             strategy=track.strategy, slots_per_rank=slots_G.tolist(), change=float(changes_WS[:, s].mean()),
             changes=changes_WS[:, s].tolist(), low=float(low_S[s]), high=float(high_S[s]),
             step_change=float(step_S[s]), best_share=float(share_S[s]),
             moves=sum(track.moves), traffic_bytes=sum(track.moves) * size, setup_moves=track.setup_moves,
-            setup_bytes=track.setup_moves * size, breakeven_steps=paid,
+            setup_bytes=track.setup_moves * size, breakeven_steps=paid_S[s],
             memory_bytes=float((slots_G - case.bare_G).max()) * size * case.traces.num_layers,
         ))  # fmt: skip
     return found
+
+
+def _breakeven(setup_us: float, saved_us: float) -> float | None:
+    """Steps until what a first placement costs is saved; None: never."""
+    if not setup_us:
+        return 0.0
+    return setup_us / saved_us if saved_us > 0 else None
 
 
 def _setup_us(case: Case, moves: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -42,7 +43,8 @@ def run_command(words: Sequence[str], timeout_s: float, stop: threading.Event) -
             said = errors.read().decode(errors="replace").strip().splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(name, reason, "a command that can be run") from None
+        script = "begin the script with #!/bin/sh or the like" if getattr(error, "errno", None) == errno.ENOEXEC else ""
+        raise InputError(name, reason, "a command that can be run", script) from None
     if code is None and stop.is_set():
         raise InputError(name, "still running when the watch was told to end", "told to end as well")
     if code is None:

@@ -291,6 +291,7 @@ class Topology(Wired, Document):
                 "topology",
                 counted(self.num_ranks, "rank"),
                 f"the profile has {counted(num_ranks, 'device')}, and each needs its links",
+                f"give one of as many, such as nvlink-{num_ranks}",
             )
 
 
