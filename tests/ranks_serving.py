@@ -10,11 +10,12 @@ import torch
 from ranks_common import SCRATCH, batch, checkpoint, load, random_placement, relative, scenario, slots_of
 from transformers import AutoModelForCausalLM
 
-from gemopt import InputError
+from gemopt import InputError, Profile
 from gemopt.costs import CostModel
 from gemopt.executor import Executor
 from gemopt.latency import ASSIGNMENTS, Curve, Latency
 from gemopt.models import find_moe_layers
+from gemopt.online import Controller
 
 
 @scenario
@@ -194,3 +195,30 @@ def refuse(rank, world, family):
     model.to(torch.bfloat16)
     attempt("weights cast", random_placement(2, 8, ids, slots))
     return {"said": said, "unchanged": unchanged, "layers": list(executor.layer_ids)}
+
+
+@scenario
+def again(rank, world, family):
+    """Executors and followers made, closed and made again: placements in force, outputs, files that stay open."""
+    model, tokens = load(family, world), batch(0, "shared")
+    profile = Profile(
+        devices=[
+            {"rank": g, "samples": [{"assignments": n, "latency_us": 30 + n} for n in (0, 64)]} for g in range(world)
+        ]
+    )
+    errors, files, reference = [], [], model(tokens).logits
+    for turn in range(4):
+        with Executor(model) as executor:
+            slots = [8 // world + turn % 2, *[8 // world] * (world - 2), 8 // world - turn % 2]
+            executor.apply(random_placement(turn, 8, executor.layer_ids, slots))
+            executor.verify()
+            for _ in range(2):
+                executor.follow(Controller(profile, executor.placement) if rank == 0 else None, window=2).close()
+        errors.append(relative(model(tokens).logits, reference))
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+    try:
+        executor.apply(random_placement(9, 8, executor.layer_ids, [8 // world] * world))
+        said = "accepted"
+    except InputError as error:
+        said = str(error)
+    return {"errors": errors, "files": files, "said": said}

@@ -139,6 +139,13 @@ def test_bad_input_is_refused_alike_on_every_rank(world):
     assert not said
 
 
+def test_an_executor_may_be_closed_and_another_made(world):
+    for answer in results(world("again", 2, family="mixtral")):
+        assert max(answer["errors"]) < EXACT
+        assert answer["files"][-1] <= answer["files"][0] + 2, "connections are let go of"
+        assert answer["said"].startswith("executor: got closed")
+
+
 @pytest.mark.parametrize("where", ["shared", "own"])
 def test_layers_are_committed_while_serving(world, where):
     told = results(world("background", 2, family="qwen3_moe", where=where))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from gemopt.executor.checks import check_network, check_ranks, check_uncompiled
 from gemopt.executor.council import refuse_together
 from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
-from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum
+from gemopt.executor.plan import LayerRow, Plan, checksum, common_split, layer_rows, plan, slot_checksum
 from gemopt.executor.runner import Event, MigrationError, StageRunner
 from gemopt.executor.splits import check_cost, check_split, digest
 from gemopt.executor.transfer import canaries
@@ -92,6 +92,7 @@ class Executor:
         self.nodes = np.arange(self.layers[0].num_ranks) // (ranks_per_node or self.layers[0].num_ranks)
         self.cost, self._template = check_cost(cost, len(self.nodes)), dict[str, Any]()
         self._background: Background | None = None
+        self._closed = False
         self._runner = StageRunner(self.layers, self.layer_ids, timeout_s, on_event)
         for dispatch in self.layers:
             dispatch.nodes, dispatch.cost = self.nodes.tolist(), cost
@@ -105,6 +106,23 @@ class Executor:
         result = mine.new_empty(dispatch.num_experts, mine.shape[1])
         dist.all_gather(list(result.chunk(dispatch.num_ranks)), mine, group=self._runner.links)
         return result
+
+    def close(self) -> None:
+        """Finish what is moving and let go of connections and buffers; collective, as making one.
+
+        The model serves on with the placement in force, and may get another Executor.
+        """
+        if not self._closed:
+            if self._background is not None:
+                self._background.wait()
+            self._closed = True
+            self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def rank(self) -> int:
@@ -138,7 +156,7 @@ class Executor:
             table[layer, where] = row.row_P
             even_P = even_weights(row.row_P, self.layers[0].num_experts)
             weights[layer, where] = even_P if row.weights_P is None else row.weights_P
-        split = _common_split(rows, self.layer_ids)
+        split = common_split(rows, self.layer_ids)
         return Placement(
             **{
                 **self._template,
@@ -259,6 +277,8 @@ class Executor:
 
     def agree(self, field: str, look: Callable[[], dict[str, str]]) -> None:
         """Refuse on every rank what `look` refuses on any, and what it answers differently; collective."""
+        if self._closed:
+            raise InputError("executor", "closed", "an open one is needed", "make another: Executor(model)")
         self._runner.council.begin()
         word: dict[str, Any]
         try:
@@ -322,21 +342,6 @@ class Executor:
 
 def _layer_id(path: str) -> int:
     return int(re.findall(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", path)[-1])
-
-
-def _common_split(rows: Sequence[LayerRow], layer_ids: Sequence[int]) -> Split:
-    """The split of all layers; even shares are static ones too, and layers without copies have any."""
-    by_split: dict[Split, list[int]] = {}
-    for row, layer in zip(rows, layer_ids, strict=True):
-        full_P = row.row_P[row.row_P != EMPTY]
-        if len(full_P) > len(np.unique(full_P)):
-            by_split.setdefault(row.split, []).append(layer)
-    if len(by_split) < 2:
-        return next(iter(by_split), rows[-1].split)
-    if set(by_split) == {Split.EVEN, Split.STATIC}:
-        return Split.STATIC
-    found = ", ".join(f"{split.value} in layers {layers}" for split, layers in by_split.items())
-    raise InputError("Placement.split", found, "one for all layers", "apply a placement first: a migration stopped")
 
 
 def _kept_fields(placement: Placement) -> dict[str, Any]:

@@ -68,6 +68,13 @@ class Council:
         while self._turn and self._own.add(self._key("read"), 0) < wanted and time.monotonic() < deadline:
             time.sleep(0.005)
 
+    def close(self) -> None:
+        """Let the others read the last word, then let go of all stores."""
+        self._linger()
+        atexit.unregister(self._linger)
+        self._stores.clear()
+        del self._own
+
     def _key(self, kind: str) -> str:
         return f"{kind}{self._session}.{self._turn}"
 

@@ -24,9 +24,11 @@ try:
     import torch
     import torch.distributed as dist
     from torch import Tensor
+    from torch.distributed.constants import default_pg_timeout
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
+from gemopt.executor import groups
 from gemopt.executor.checks import check_uncompiled
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.placement import Placement
@@ -123,9 +125,9 @@ class Follow:
         self.decisions: list[str] = []
         self._log = log
         self._gauge = Gauge(executor.layers, window)
-        ranks = dist.get_process_group_ranks(executor.layers[0].ep_mesh.get_group())
-        self._root = ranks[0]
-        self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._ranks = dist.get_process_group_ranks(executor.layers[0].ep_mesh.get_group())
+        self._root = self._ranks[0]
+        self._group: Any = groups.borrow(self._ranks, default_pg_timeout, "gloo")
         self._thread: threading.Thread | None = None
         self._word: tuple[int, bytes] = (NOTHING, EMPTY)
         self._waiting = 0
@@ -284,4 +286,4 @@ class Follow:
             group, self._group = self._group, None
             with contextlib.suppress(RuntimeError):  # a rank that is gone is not waited for
                 dist.barrier(group=group)
-            dist.destroy_process_group(group)
+                groups.give_back(group, self._ranks, "gloo")

@@ -297,3 +297,18 @@ def _between(row_P: IntArray, after: LayerRow) -> LayerRow:
     sums = np.bincount(row_P[full], weights=raw[full])
     weights = np.where(full, raw / np.where(full, sums[row_P], 1.0), 0.0)
     return LayerRow(row_P.copy(), after.slots_per_rank, after.split, weights)
+
+
+def common_split(rows: Sequence[LayerRow], layer_ids: Sequence[int]) -> Split:
+    """The split of all layers; even shares are static ones too, and layers without copies have any."""
+    by_split: dict[Split, list[int]] = {}
+    for row, layer in zip(rows, layer_ids, strict=True):
+        full_P = row.row_P[row.row_P != EMPTY]
+        if len(full_P) > len(np.unique(full_P)):
+            by_split.setdefault(row.split, []).append(layer)
+    if len(by_split) < 2:
+        return next(iter(by_split), rows[-1].split)
+    if set(by_split) == {Split.EVEN, Split.STATIC}:
+        return Split.STATIC
+    found = ", ".join(f"{split.value} in layers {layers}" for split, layers in by_split.items())
+    raise InputError("Placement.split", found, "one for all layers", "apply a placement first: a migration stopped")

@@ -18,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
+from gemopt.executor import groups
 from gemopt.executor.council import RESIGNED, SETUP_S, Council
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.executor.plan import Stage, checksum, slot_checksum
@@ -93,7 +94,7 @@ class StageRunner:
         """A process group for transfers alone: with their timeout, and made anew after a failure. Collective."""
         if self._links is None:
             limit = timedelta(seconds=self._patience_s)
-            self._links = dist.new_group(self._ranks, timeout=limit, use_local_synchronization=True)
+            self._links = groups.borrow(self._ranks, limit)
         return self._links
 
     def all_met(self) -> None:
@@ -223,6 +224,14 @@ class StageRunner:
         wrong = {rank: f"has placement {word[:12]}" for rank, word in enumerate(words) if word != mine}
         if wrong:
             self._give_up("finish", wrong)
+
+    def close(self) -> None:
+        """Let go of connections and buffers; ranks that are gone are not waited for."""
+        self._pool, self._abandoned = Pool(), []
+        if self._links is not None:
+            links, self._links = self._links, None
+            groups.give_back(links, self._ranks)
+        self.council.close()
 
     def exchange(self, stage: str, word: str) -> list[str]:
         """[G] what every rank said; raises when one is gone."""
