@@ -11,6 +11,7 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+WRITABLE: Any = CompileResultCacheImpl._locator_classes
 
 
 class _ReadOnly:
@@ -21,18 +22,17 @@ class _ReadOnly:
             raise FileNotFoundError
 
 
-class _Where(CompileResultCacheImpl):  # type: ignore[misc]
-    _writable = CompileResultCacheImpl._locator_classes
-    _locator_classes = (*_writable, *(type(each.__name__, (_ReadOnly, each), {}) for each in _writable))
+class _Where(CompileResultCacheImpl):
+    _locator_classes = WRITABLE + [type(each.__name__, (_ReadOnly, each), {}) for each in WRITABLE]
 
 
-class _Kept(FunctionCache):  # type: ignore[misc]
+class _Kept(FunctionCache):
     _impl_class = _Where
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """A full disk, or a folder that became read-only, costs the next process another compilation, no more."""
         with suppress(OSError):
-            super().save_overload(sig, data)
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
 
 
 def njit(**options: Any) -> Callable[[Function], Function]:
@@ -41,7 +41,7 @@ def njit(**options: Any) -> Callable[[Function], Function]:
     def compiled(function: Function) -> Function:
         kernel: Any = numba.njit(**options)(function)
         with suppress(RuntimeError):  # no folder at all
-            kernel._cache = _Kept(function)
+            kernel._cache = _Kept(function)  # type: ignore[no-untyped-call]
         return kernel  # type: ignore[no-any-return]
 
     return compiled

@@ -190,8 +190,8 @@ def loss_of(costs: Costs, state: State, sharing: Sharing, change: Change, lo: Nu
         for f in range(features):
             put(loads_FN[f], state.loads[change.ranks[k], f, lo:hi])
     for n in range(change.size[0]):
-        k = change.group[rank_of(state, change.slots[n])]
-        loads_FN = change.loads[k, features * lo : features * hi].reshape((features, size))
+        at = change.group[rank_of(state, change.slots[n])]
+        loads_FN = change.loads[at, features * lo : features * hi].reshape((features, size))
         fill_item(state, sharing, change, n, lo, hi, loads_FN)
     for k in range(change.size[1]):
         loads_FN = change.loads[k, features * lo : features * hi].reshape((features, size))
