@@ -121,6 +121,9 @@ def resumes(rank, world, family, fault):
         if fault == "exception" and rank == 1 and (name, where) == ("transfer", 2) and armed:
             armed.clear()
             raise OSError("the cable came loose")
+        if fault == "wrong weights" and rank == 0 and (name, where) == ("transfer", 2) and armed:
+            armed.clear()  # somebody writes to rows that are about to be sent
+            weight.add_(1)
 
     seen: list = []
     model = load(family, world)
@@ -130,11 +133,9 @@ def resumes(rank, world, family, fault):
     with torch.no_grad():
         before = model(tokens).logits
     undo = None
-    if fault == "wrong weights" and rank == 0:  # somebody wrote to a row that is about to be sent
-        dispatch = executor.layers[1]
-        name, weight = next(iter(dispatch.weights().items()))
+    if fault == "wrong weights" and rank == 0:
+        weight = next(iter(executor.layers[1].weights().values()))
         undo = weight.clone()
-        weight += 1
     try:
         executor.apply(placement)
         first = None
@@ -143,7 +144,7 @@ def resumes(rank, world, family, fault):
     half_way = executor.placement.physical_to_logical.tolist()
     mixed = executor.checksum()
     if undo is not None:
-        executor.layers[1].weights()[name].copy_(undo)
+        weight.copy_(undo)
     with torch.no_grad():
         between = relative(model(tokens).logits, before)
     steps = executor.apply(placement)
@@ -166,12 +167,14 @@ def resumes(rank, world, family, fault):
 @scenario
 def batch_fails(rank, world, family, fault):
     """One layer of a batch cannot be had, or an interrupt comes while it is committed; then it is tried again."""
-    armed = [rank == 1]
+    armed, written = [rank == 1], []
 
     def on_event(name, where):
         if fault == "exception" and (name, where) == ("verify", 2) and armed[0]:
             armed[0] = False
             raise OSError("the cable came loose")
+        if fault == "wrong weights" and rank == 0 and (name, where) == ("transfer", 2) and not written:
+            written.append(weight.add_(1))
 
     model = load(family, world)
     tokens = batch(rank, "shared")
@@ -183,8 +186,6 @@ def batch_fails(rank, world, family, fault):
     undo = weight.clone()
     with torch.no_grad():
         reference = model(tokens).logits
-    if fault == "wrong weights" and rank == 0:
-        weight += 1
     if fault == "interrupt" and rank == 1:
         real = layer.commit
 
