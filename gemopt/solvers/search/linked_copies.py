@@ -74,7 +74,6 @@ def walked(
     def cost(row: Row, _: NDArray[np.int64]) -> tuple[FloatArray, NDArray[np.int64]]:
         tried = [*rows[:layer], row, *rows[layer + 1 :]]
         cost_T = np.sum([_cost_T(problems, links, tried, n) for n in touched], axis=0)
-        cost_T += moves_us(own, row) / own.weights_T.sum()
         return cost_T, rank_times(own, row).argmax(axis=1)
 
     walk = SharingWalk(own, rows[layer], draws, cost, hot)

@@ -14,21 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.compiling import njit
-from gemopt.evaluate import rank_times
+from gemopt.evaluate import moves_us, rank_times
 from gemopt.kernels import Array, latency_value
 from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import held
+from gemopt.moves import Moves
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row, within_limits
 from gemopt.solvers.search.sharing_draws import AT_A_GLANCE, FROM_SLOWEST
-from gemopt.splits.flow import copies_of
+from gemopt.splits import plain
+from gemopt.splits.flow import copies_of, fluid_times, make_room, spread
+from gemopt.splits.levels import Levels, no_levels
 from gemopt.splits.optimal import feature_table
 from gemopt.splits.parts import part_steps
 
 HOT, HOTTER, HOTTEST, COOLED = 1e-3, 4.0, 0.1, 0.02  # heat of the value: first round, next, at most; what is left of it
 GLANCE, FEWEST = 4, 64  # one step in so many says first what a change loses, though not fewer than so many
 LEAST_GAIN = 1e-9  # of the value
+HOMEWARD = 0.25  # of the changes where moves are counted bring an expert home besides
 TRIES, FEWEST_TRIES = 8, 256  # for each slot, and at least, where the time does not count
 Cost = Callable[[Row, NDArray[np.int64]], tuple[FloatArray, NDArray[np.int64]]]
 """[N] microseconds that some steps take, before weights, and the ranks that they wait for."""
@@ -65,6 +69,32 @@ def parted_times(
                 loads[n, copies.rank[c], f] += table_FN[f, parts[n, c]]
         for g in range(num_ranks):
             times[n, g] = latency_value(g, loads[n, g], curves)
+    return times
+
+
+@njit(nogil=True)
+def flow_times(
+    levels: Levels, counts_TE: Array, row_P: Array, rank_P: Array, fluid_T: Array, curves: Curves, steps: Array
+) -> Array:
+    """[N, G] latency of every rank at some steps under the optimal split of plain loads."""
+    num_ranks, copies = len(curves.num_terms), copies_of(row_P, rank_P, counts_TE.shape[1], len(curves.num_terms))
+    times, room, alone = np.empty((len(steps), num_ranks)), make_room(num_ranks), np.ones(len(row_P), np.bool_)
+    load_G, parts, load_F = np.empty(num_ranks, np.int64), np.empty(len(copies.slot), np.int64), np.empty(1)
+    for c in copies.slot:
+        alone[c] = False
+    for n in range(len(steps)):
+        load_G[:] = 0
+        for p in range(len(row_P)):
+            if row_P[p] >= 0 and alone[p]:
+                load_G[rank_P[p]] += counts_TE[steps[n], row_P[p]]
+        for r in range(len(copies.experts)):
+            size, count = copies.first[r + 1] - copies.first[r], counts_TE[steps[n], copies.experts[r]]
+            for c in range(size):
+                parts[copies.first[r] + c] = (count + size - 1 - c) // size
+        spread(levels, load_G, copies, parts, room, fluid_T[steps[n]])
+        for g in range(num_ranks):
+            load_F[0] = room.load[g]
+            times[n, g] = latency_value(g, load_F, curves)
     return times
 
 
@@ -128,22 +158,23 @@ class Walk(ABC):
 
 
 class SharingWalk(Walk):
-    """Any policy, or another cost: every row is looked at by itself."""
+    """Any policy, or another cost, and what moves take: every row is looked at by itself."""
 
     def __init__(
         self, problem: Problem, row: Row, draws: np.random.Generator, cost: Cost | None = None, hot: float = 0.0
     ) -> None:
-        """cost: of a row in place of the policy's objective. hot: as of `Walk`."""
+        """cost: in place of the policy's objective, for a search that sends experts home itself. hot: as of `Walk`."""
         self.weights_T, order = problem.weights_T, draws.permutation(problem.num_steps)
         size = max(FEWEST, problem.num_steps // GLANCE) if cost is None else problem.num_steps
-        self.cost = cost or _by_policy(problem)
+        self.cost, self.homeward = cost or _by_policy(problem), cost is None and problem.moves is not None
         self.parts = [np.sort(part) for part in (order[:size], order[size:]) if len(part)]
         super().__init__(problem, row, draws, hot)
 
     def _begin(self, row: Row) -> float:
         self.row = row.astype(np.int64)
         self.cost_T, self.slowest_T = self.cost(self.row, np.arange(self.problem.num_steps))
-        self.value_us = float(self.cost_T @ self.weights_T)
+        self.moves_us = moves_us(self.problem, self.row)
+        self.value_us = float(self.cost_T @ self.weights_T) + self.moves_us
         return self.value_us
 
     def _try(self, number: int) -> None:
@@ -156,13 +187,14 @@ class SharingWalk(Walk):
             return
         heat = self.heat() * self.value_us
         may_lose = -heat * np.log(1 - self.draws.random()) - LEAST_GAIN * self.value_us
-        lost, found = 0.0, []
+        fee_us = moves_us(self.problem, row)
+        lost, found = fee_us - self.moves_us, []
         for part in self.parts:
             found.append(self.cost(row, part))
             lost += float((found[-1][0] - self.cost_T[part]) @ self.weights_T[part])
             if lost > (may_lose if len(found) == len(self.parts) else max(0.0, AT_A_GLANCE * may_lose)):
                 return
-        self.row, self.value_us = row, self.value_us + lost
+        self.row, self.value_us, self.moves_us = row, self.value_us + lost, fee_us
         for part, (cost_N, slowest_N) in zip(self.parts, found, strict=True):
             self.cost_T[part], self.slowest_T[part] = cost_N, slowest_N
         if self.value_us < self.best_us * (1 - LEAST_GAIN):
@@ -183,7 +215,35 @@ class SharingWalk(Walk):
             if row[other] != EMPTY and (row == row[other]).sum() < 2:
                 return None
             row[other] = EMPTY if kind > 0.9 and not problem.full else row[slot]
+        if self.homeward and problem.moves is not None:
+            row = self._homeward(row, problem.moves)
         return row if self._may_be(row) else None
+
+    def _homeward(self, row: Row, moves: Moves) -> Row:
+        """The row with as many experts brought home as the limits ask for, and by chance one besides."""
+        if self.draws.random() < HOMEWARD:
+            row = self._nearer_home(row, moves)
+        for _ in range(2):  # a change moves no more
+            row = self._nearer_home(row, moves) if moves.excess(row, self.problem.slots_per_rank) else row
+        return row
+
+    def _nearer_home(self, row: Row, moves: Moves) -> Row:
+        """The row with one expert fewer, drawn at random, on a rank that did not hold it, where that can be."""
+        problem, draws = self.problem, self.draws
+        held_GE = held(row, problem.slots_per_rank, problem.num_experts)
+        moved_GE, away_GE = held_GE & ~moves.home_GE, moves.home_GE & ~held_GE
+        if not moved_GE.any():
+            return row
+        rank, expert = draws.choice(np.argwhere(moved_GE))
+        back = draws.choice(np.flatnonzero(away_GE[rank])) if away_GE[rank].any() else EMPTY
+        slot = np.flatnonzero((row == expert) & (problem.rank_of_slot == rank))[0]
+        row = row.copy()
+        if held_GE[:, expert].sum() > 1:
+            row[slot] = back
+        elif back != EMPTY and (strange_G := moved_GE[:, back]).any():
+            other = np.flatnonzero((row == back) & strange_G[problem.rank_of_slot])[0]
+            row[slot], row[other] = back, expert
+        return row
 
     def _may_be(self, row: Row) -> bool:
         problem = self.problem
@@ -195,12 +255,22 @@ class SharingWalk(Walk):
 
 def _by_policy(problem: Problem) -> Cost:
     """Makespans under the problem's own split."""
+    if problem.split is Split.OPTIMAL and plain(problem):
+        return _by_flow(problem)
     if problem.split is not Split.OPTIMAL:
         return lambda row, steps: slowest(rank_times(problem.select(steps), row))
     table_FN = feature_table(problem.features, int(problem.counts_TE.max()))
     high, curves = pack([each.high for each in problem.latencies]), problem.curves
     counts_TE, rank_P = problem.counts_TE.astype(np.int64), problem.rank_of_slot.astype(np.int64)
     return lambda row, steps: slowest(parted_times(table_FN, counts_TE, row, rank_P, high, curves, steps))
+
+
+def _by_flow(problem: Problem) -> Cost:
+    """Makespans under the optimal split of plain loads."""
+    levels, curves = no_levels(pack([each.high for each in problem.latencies])), problem.curves
+    counts_TE, rank_P = problem.counts_TE.astype(np.int64), problem.rank_of_slot.astype(np.int64)
+    fluid_T = fluid_times(levels, counts_TE.sum(axis=1))
+    return lambda row, steps: slowest(flow_times(levels, counts_TE, row, rank_P, fluid_T, curves, steps))
 
 
 def slowest(times_NG: FloatArray) -> tuple[FloatArray, NDArray[np.int64]]:

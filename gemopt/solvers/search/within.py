@@ -1,4 +1,5 @@
-"""Search under a price and limits of moves: best swaps from home, free placements walked home, then kicks.
+"""Search under a price and limits of moves: best swaps from home, free placements walked home, then kicks,
+in turn with walks of single changes where slots are spare.
 
 Never worse than `few_moves` from the placement in force when there is the time for it: all its waypoints are offered.
 Everything that is offered is scored by `gemopt.evaluate.total` and keeps to the limits.
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemopt.evaluate import total
 from gemopt.moves import Moves
-from gemopt.placement import EMPTY
+from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, within_limits
@@ -28,6 +29,7 @@ from gemopt.solvers.search.descent import iterate_within, settle
 from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying
 from gemopt.solvers.search.shares import make_shares
+from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
 from gemopt.solvers.search.state import Costs, State, make_state
 from gemopt.solvers.search.swaps import total_cost
 from gemopt.solvers.search.terms import make_terms, moved_into
@@ -37,6 +39,8 @@ BATCH_KICKS = 25
 KICK_SWAPS = 2
 ROUNDS = 20  # of copies and swaps
 NEVER = 2**62
+OPTIMAL_SHARE = 4.0  # times as long as kicks, which know nothing of the optimal split: walks
+SAME = 1e-6  # of the value: what walks may be off
 
 FreeSearch = Callable[[Problem, Options, Row | None], Outcome]
 
@@ -85,8 +89,11 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
 
-    searched: whether anything was. stop: [1] see `Options.alarm`.
+    searched: whether anything was. stop: [1] see `Options.alarm`. home: where walks begin.
     """
+
+    home: Row
+    walk: Walk | None = None
 
     def __init__(self, problem: Problem, warm_start: Row | None, free: FreeSearch) -> None:
         assert problem.moves is not None
@@ -101,6 +108,7 @@ class _Search(Best):
                 raise
             home = warm_start
         if home is not None:
+            self.home = home
             self.starts = [home] if warm_start is None else [home, warm_start]
             for start in self.starts:
                 self.offer(start)
@@ -186,9 +194,30 @@ class _Search(Best):
                 state = self.state(self.row)
                 best = total_cost(state) + terms.price * moved_into(state, terms).sum()
             draws = self.draws.random((batch, KICK_SWAPS, 3))
+            begun = time.monotonic()
             renewed, idle = iterate_within(self.costs, state, terms, draws, best, patience, idle)
             if renewed < best:
                 best = renewed
                 self.offer(state.content)
+            walks = problem.spare_slots and problem.split is not Split.STATIC
+            if walks and self._walk_on(time.monotonic() - begun):
+                state, idle = None, 0
             batch = BATCH_KICKS if options.remaining > 1 else 1
         return StoppedBy.ITERATIONS
+
+    def _walk_on(self, kicked_s: float) -> bool:
+        """Changes of single slots, at first from home, then from the best, in turn with kicks; whether they helped."""
+        assert self.row is not None and self.draws is not None
+        options = self.options
+        if self.walk is None:
+            self.walk = SharingWalk(self.problem, self.home, self.draws)
+            while self.walk.walk(self.walk.round, options.expired):
+                pass
+            if self.offer(self.walk.best):
+                return True
+        if self.walk.best_us > self.value * (1 + SAME):
+            self.walk.restart(self.row)
+        timed, share = options.patience is None, OPTIMAL_SHARE if self.problem.split is Split.OPTIMAL else 1.0
+        end = time.monotonic() + share * kicked_s
+        over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
+        return self.walk.walk(NEVER if timed else self.walk.some(), over) and self.offer(self.walk.best)
