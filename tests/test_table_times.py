@@ -221,3 +221,13 @@ def test_a_time_that_the_statistics_beside_it_are_not_of_is_asked_for(
 def test_a_time_beside_its_own_statistics_is_taken(tmp_path: Path, more: str) -> None:
     path = table(tmp_path, f"assignments,latency_us,{more}", ",45,900" if "p99" in more or "max" in more else ",60,150")
     assert loads(read_table(path)) == [(n, None, 50.0 + n) for n in NS]
+
+
+@pytest.mark.parametrize("more,cells", [
+    ("dispatch_mean_us", "1234"), ("cpu_time_avg_us", "1234"), ("attn_max_us", "1234"),
+    ("min_run_time_s", "9999"), ("p99_us", ["60", "61", "-", "-"]), ("mean_us", ["51", "52", "nan", "nan"]),
+])  # fmt: skip
+def test_statistics_of_something_else_or_of_no_run_leave_a_time_alone(tmp_path: Path, more: str, cells: str) -> None:
+    rows = "".join(f"{n},{50 + n},{cell}\n" for n, cell in zip(NS, cells, strict=True))
+    path = written(tmp_path, f"assignments,time_us,{more}\n{rows}")
+    assert loads(read_table(path)) == [(n, None, 50.0 + n) for n in NS]

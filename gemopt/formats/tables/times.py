@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from statistics import median
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.beside import EXCHANGED, UNITS
+from gemopt.formats.tables.beside import EXCHANGED, MIDDLE, UNITS
 from gemopt.formats.tables.columns import (
     LOADS,
     MOMENTS,
@@ -151,10 +151,19 @@ def _candidates(table: Table) -> tuple[list[str], list[str]]:
         totals = {name for name in single if words(name) & TOTALS and _runs(table, name)}
         single = [name for name in single if name not in set_to | totals]
     best = single or middle or mean
-    others = middle or mean or [name for name in timed if words(name) & (LOWEST | HIGHEST)]
-    if best is single and not (any if middle or mean else all)(fits(table, single[0], each) for each in others):
-        best = others + single
+    if best is single and single and (others := _statistics_beside(table, single[0], timed, middle, mean)):
+        check = any if words(others[0]) & MIDDLE else all
+        best = single if check(fits(table, single[0], each) for each in others) else others + single
     return timed, best
+
+
+def _statistics_beside(table: Table, time: str, timed: list[str], *middles: list[str]) -> list[str]:
+    """The medians, means or else extremes that should be those of a time: neither set nor, by their names, others'."""
+    apart = set() if words(time) & TOTALS else NO_LAYER | NO_TIME
+    several = [name for name in timed if len(table.rows) == 1 or len(values(table.rows, name)) > 1]
+    extremes = [name for name in several if words(name) & (LOWEST | HIGHEST)]
+    kept = [[e for e in each if is_numeric(table.rows, e) and not words(e) & apart] for each in (*middles, extremes)]
+    return next(filter(None, kept), [])
 
 
 def fits(table: Table, time: str, statistic: str) -> bool:
@@ -163,7 +172,7 @@ def fits(table: Table, time: str, statistic: str) -> bool:
         return False
     scale = TIME_UNITS.get(unit_of(time) or "", 1.0) / TIME_UNITS.get(unit_of(statistic) or "", 1.0)
     pairs = [[float(row.cells[name].strip("*%x\u00d7") or 0) for name in (time, statistic)] for row in table.rows]
-    usual = median([scale * one / other for one, other in pairs if other] or [1.0])
+    usual = median([scale * one / other for one, other in pairs if other > 0] or [1.0])
     lowest, highest = words(statistic) & LOWEST, words(statistic) & HIGHEST
     least = 0.0 if highest else 1 / ROUNDED if lowest else 1 / SAME_TIME
     return least <= usual <= (float("inf") if lowest else ROUNDED if highest else SAME_TIME)
