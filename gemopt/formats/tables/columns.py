@@ -37,11 +37,11 @@ RESULTS = {
     "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
     "throughput", "tps", "speedup", "efficiency", "utilization", "util", "bwutil", "mfu", "temp", "temperature",
     "energy", "repeats", "latency", "time", "duration", "elapsed", "ops", "iqr", "noise", "samples", "elem",
-    "allocated",
 }  # fmt: skip
 FLAGS = {"0", "1"}  # a row that failed, and no result
 MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop", "ts"}
-STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency", "memory", "mem", "vram", "occupancy"}
+MEMORY = {"memory", "mem", "vram", "allocated"}
+STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency", "occupancy", *MEMORY}
 SET = {"limit", "cap", "target", "locked", "max", "application"}  # states that were asked for
 SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
@@ -242,8 +242,9 @@ def _clash(groups: Sequence[Table], mixed: list[str], load_of: LoadOf) -> tuple[
 def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Collection[str]) -> bool:
     parts = words(name)
     rows = [row for device in devices for row in device.rows]
-    if plain(name) in DEVICES or (parts & OF_A_DEVICE and not (parts & (RESULTS | STATES) or unit_of(name))):
-        return len(devices) > 1 and all(len(values(device.rows, name)) == 1 for device in devices)
+    told = len(devices) > 1 and all(len(values(device.rows, name)) == 1 for device in devices)
+    if plain(name) in DEVICES or (parts & OF_A_DEVICE and (told or not (parts & (RESULTS | STATES) or unit_of(name)))):
+        return told
     if plain(name) in REPEATS:
         return True
     if plain(name) in INDEX:
@@ -262,8 +263,10 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
         return not _differs_within_a_load(name, devices, load_of)
     if parts & STATISTICS and (parts <= STATISTICS or 2 * _fractions(rows, name) > len(values(rows, name))):
         return True
-    if parts & STATES and not parts & SET and not _measured(rows, name, load_of):
-        return not _differs_within_a_load(name, devices, load_of) and 4 * len(values(rows, name)) > len(rows)
+    if parts & STATES and not parts & (SET - {"max"} if parts & MEMORY else SET) and not _measured(rows, name, load_of):
+        found = values(rows, name)
+        kinds = not all(each[:1].isdigit() for each in found if each) or (parts & MEMORY and len(found) < ENOUGH)
+        return not (kinds or _differs_within_a_load(name, devices, load_of)) and 4 * len(found) > len(rows)
     return _measured(rows, name, load_of) or (
         _proportional(name, rows, load_of) and not _differs_within_a_load(name, devices, load_of)
     )
@@ -316,14 +319,10 @@ def _measured(rows: list[Row], name: str, load_of: LoadOf) -> bool:
         return False
     if 2 * _fractions(rows, name) > len(found):
         return True
-    whole = all(value.isascii() and value.isdigit() for value in found)
-    loads = {load_of(row) for row in rows}
-    return (
-        whole
-        and len(rows) >= 20
-        and 4 * len(loads) >= len(rows)
-        and max(map(int, found)) - min(map(int, found)) >= 4 * len(found)
-    )
+    if len(rows) < 20 or not all(value.isascii() and value.isdigit() for value in found):
+        return False
+    apart = max(map(int, found)) - min(map(int, found)) >= 4 * len(found)
+    return apart and 4 * len({load_of(row) for row in rows}) >= len(rows)
 
 
 def _proportional(name: str, rows: list[Row], load_of: LoadOf) -> bool:
