@@ -193,6 +193,9 @@ def test_one_markdown_table_within_a_log_or_a_page(tmp_path: Path) -> None:
         assert loads(read_table(path)) == [(8, None, 55.0), (64, None, 60.0)]
     with pytest.raises(InputError, match="several tables in one file"):
         read_table(written(tmp_path, f"Two:\n\n{table}\n{table}"))
+    for more in ("512 | 90 |\n", "\nB200:\n\nassignments | us\n--- | ---\n8 | 5\n"):  # without bars at their begin
+        with pytest.raises(InputError, match="columns; 2 columns, as in the header"):
+            read_table(written(tmp_path, f"Times:\n\n{table}{more}"))
 
 
 def test_rows_whose_settings_are_objects_of_their_own(tmp_path: Path) -> None:

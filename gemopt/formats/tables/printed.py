@@ -23,6 +23,9 @@ def alone(text: str) -> str:
     at = [i for i, line in enumerate(lines) if line.lstrip().startswith("|")]
     if len(at) <= 2 or at[-1] - at[0] + 1 > len(at) or not _is_rule(lines[at[1]]):
         return text
+    others = lines[: at[0]] + lines[at[-1] + 1 :]
+    if any("|" in line and _is_rule(line) for line in others) or "|" in "".join(lines[at[-1] + 1 : at[-1] + 2]):
+        return text  # a table, or a row, that no bar begins
     return "\n".join(line if at[0] <= i <= at[-1] else "" for i, line in enumerate(lines))
 
 
