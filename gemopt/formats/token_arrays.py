@@ -24,6 +24,7 @@ from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import MANY_ALIKE
 from gemopt.formats.response_bodies import PROMPTS, Response, Sample
+from gemopt.formats.routed_ids import blank_tokens
 from gemopt.formats.token_array_beside import check_told, refuse_apart, refuse_no_weight, refuse_others
 from gemopt.formats.token_beside import COMPUTED, WEIGHTED
 from gemopt.formats.token_cells import NAMES
@@ -34,6 +35,18 @@ from gemopt.traces.axes import MOST_LAYERS
 COUNTED = {"mask", "valid", "accepted"}  # words of arrays that tell tokens from padding, where they are true
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 PROMPT_SIZES = (*response_bodies.PROMPT_SIZES, "prompt_len", "prompt_length")
+ANSWERS = (
+    "token_ids",
+    *(f"{word}{ids}" for word in ("output", "completion", "response") for ids in ("_token_ids", "_ids")),
+)
+ANSWER_SIZES = (
+    "completion_tokens",
+    "num_output_tokens",
+    "output_len",
+    "output_length",
+    "completion_len",
+    "response_len",
+)
 NOT_COUNTED = {"pad", "padding", "padded", "dropped", "overflow", "rejected", "draft", "dummy"}  # where true
 _ONE = re.compile(  # layer and step
     r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",
@@ -95,7 +108,7 @@ def _responses(
     files: Sequence[Path], layers: Mapping[Path, int], options: TraceOptions, notes: list[str]
 ) -> Iterator[Response]:
     """The sequences of files; layers: of files that hold the tokens of one each."""
-    prompts = {} if layers or options.phase is Phase.MIXED else {path: _prompt(path) for path in files}
+    prompts = {} if layers or options.phase is Phase.MIXED else {p: _tokens(p, PROMPTS, PROMPT_SIZES) for p in files}
     if options.phase is not Phase.MIXED and (layers or None in prompts.values()):
         limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
         hint += "; responses that tell their prompts: --from vllm" if files[0].suffix not in SUFFIXES else ""
@@ -118,19 +131,28 @@ def _responses(
         notes += [f"{path.name}: {len(parts)} sequences, each replayed as a request"] if len(parts) > 1 else []
         if prompts and len(sequences) > 1:
             raise InputError(str(path), f"{len(sequences)} sequences and one prompt", "one of each", "--phase all")
-        samples = [Sample(where=where, encoded=[each], prompt=prompts.get(path)) for where, each in sequences]
+        prompt, ids = prompts.get(path), sequences[0][1]
+        answer = _tokens(path, ANSWERS, ANSWER_SIZES) if prompt else None
+        if prompt and answer and len(ids) < prompt + answer - 1:
+            limit = f"the {prompt} of the prompt + {answer} of the answer - 1"
+            hint = "experts of the answer alone? --phase all; ids of the prompt as well? leave them out"
+            raise InputError(str(path), f"experts of {len(ids)} tokens", limit, hint)
+        if prompt and answer is None and blank_tokens(ids)[:1].any() and (ids.shape[2] > 1 or ids[0].min() < 0):
+            hint = "leave them out, or give output_token_ids"
+            raise InputError(str(path), "padding before the prompt", "its tokens from the first on", hint)
+        samples = [Sample(where=where, encoded=[each], prompt=prompt, generated=answer) for where, each in sequences]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
 
 
-def _prompt(path: Path) -> int | None:
-    """Tokens of the prompt of a file with one sequence, where their ids or their number beside it tell."""
+def _tokens(path: Path, ids: Sequence[str], sizes: Sequence[str]) -> int | None:
+    """How many tokens arrays beside one sequence tell, by their ids or their number; None where none is certain."""
     data = _loaded(path)[0] if path.suffix in SUFFIXES else None
     found = set()
     for name, array in ((name, as_numpy(each)) for name, each in (data.items() if isinstance(data, dict) else ())):
-        if name in PROMPTS:
+        if name in ids:
             found.add(array.size if array.ndim and array.size == array.shape[-1] else None)
-        elif name in PROMPT_SIZES:
-            found.add(int(array.item()) if array.size == 1 and array.dtype.kind in "iu" else None)
+        elif name in sizes:
+            found.add(int(array.item()) if array.size == 1 and array.dtype.kind in "iu" and array >= 0 else None)
     return found.pop() if len(found) == 1 else None
 
 
@@ -200,7 +222,10 @@ def _ids(
     if len(named) != 1:
         limit = f"one array called {', '.join(NAMES['ids'][:3])} or the like, or layer_0, ..."
         raise InputError(str(path), ", ".join(arrays)[:200] or "no array", limit)
-    others = [name for name in (*arrays, *told) if name not in (*named, *PROMPTS, *PROMPT_SIZES, "format")]
+    read = {name for name in PROMPT_SIZES if name in arrays and as_numpy(arrays[name]).size == 1}.union(
+        PROMPTS, ANSWERS
+    )
+    others = [name for name in (*arrays, *told) if name not in (*named, *read, "format")]
     ids = _whole(path, arrays[named[0]], ndims)
     if (mask := next((name for name in others if name.casefold() == "attention_mask"), None)) in arrays:
         ids = _masked(f"{path}: {mask}", as_numpy(arrays[mask]), ids)

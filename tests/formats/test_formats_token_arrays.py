@@ -316,3 +316,27 @@ def test_prompts_that_tell_nothing_certain(load, tmp_path, prompt):
     np.savez(tmp_path / "a.npz", routed_experts=np.stack([SEQUENCES[0]] * 2), prompt_len=3)
     with pytest.raises(InputError, match="2 sequences and one prompt; one of each; --phase all"):
         load(tmp_path / "a.npz", "tokens", num_hidden_layers=LAYERS)
+
+
+def test_an_answer_beside_a_sequence_says_where_it_begins(load, tmp_path):
+    def saved(ids, **beside):
+        np.savez(tmp_path / "a.npz", routed_experts=ids, **beside)
+        return tmp_path / "a.npz"
+
+    options = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS}
+    ids, answer = SEQUENCES[0], np.arange(len(SEQUENCES[0]) - 2)
+    for alone in (ids[3:], ids[2:]):  # the last token of an answer is fed to no layer, unless it was asked for
+        with pytest.raises(
+            InputError, match=r"the 3 of the prompt \+ \d+ of the answer - 1; experts of the answer alone"
+        ):
+            load(saved(alone, prompt_ids=np.arange(3), token_ids=answer), "tokens", **options)
+    padded = np.concatenate([0 * ids[:2], ids])
+    with pytest.raises(InputError, match="padding before the prompt; its tokens from the first on"):
+        load(saved(padded, prompt_len=3), "tokens", **options)
+    assert (
+        load(saved(padded, prompt_len=3, output_ids=answer), "tokens", **options)[0].counts == steps_of([ids[3:]])
+    ).all()
+    with pytest.raises(
+        InputError, match="prompt_length: got beside the experts"
+    ):  # of two sequences, one after another
+        load(saved(ids, prompt_length=[3, 1]), "tokens", **options, phase=Phase.MIXED)
