@@ -46,7 +46,10 @@ FLAGS = {  # what they say of a row where they are true, and where false
     **dict.fromkeys(("is_prefill", "is_prompt"), ("prefill", "decode")),
     "is_decode": ("decode", "prefill"),
 }
-TRUTH = {**dict.fromkeys(("true", "1", "1.0", "yes"), 0), **dict.fromkeys(("false", "0", "0.0", "no"), 1)}
+TRUTH = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "t", "y"), 0),
+    **dict.fromkeys(("false", "0", "0.0", "no", "f", "n"), 1),
+}
 NUMBERS = {
     "num_experts": ("num_experts", "n_experts", "num_routed_experts", "n_routed_experts", "num_logical_experts"),
     "top_k": ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "router_topk"),
@@ -104,7 +107,7 @@ def phase_of(where: str, name: str, cell: Any, first: Any) -> Phase | None:
     if (told := FLAGS.get(name.casefold())) is not None:
         text, before = (told[TRUTH[each]] if each in TRUTH else each for each in (text, before))
     if (text in PHASES) != (before in PHASES) or (text not in PHASES and text != before):
-        limit = f"one of {', '.join(PHASES)}" if before in PHASES else f"{first}"
+        limit = f"one of {', '.join(PHASES if told is None else TRUTH)}" if before in PHASES else f"{first}"
         raise InputError(f"{where}: {name}", str(cell)[:100], limit)
     return PHASES.get(text)
 

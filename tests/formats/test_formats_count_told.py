@@ -222,7 +222,9 @@ def test_columns_that_name_phases(load, tmp_path, name):
         load(tmp_path / "a.csv", "csv")
 
 
-@pytest.mark.parametrize("name,cells", [("is_prefill", [True, False, False]), ("is_decode", [0, 1, 1])])
+@pytest.mark.parametrize(
+    "name,cells", [("is_prefill", [True, False, False]), ("is_decode", [0, 1, 1]), ("is_prompt", ["T", "F", "F"])]
+)
 def test_flags_that_tell_phases(load, tmp_path, name, cells):
     rows = [{"step": t, name: cell, "counts": COUNTS[t].tolist()} for t, cell in enumerate(cells)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -232,7 +234,7 @@ def test_flags_that_tell_phases(load, tmp_path, name, cells):
     (tmp_path / "a.csv").write_text("\n".join(lines))
     assert load(tmp_path / "a.csv", "csv")[0].phase.tolist() == [0, 1, 1]
     (tmp_path / "a.csv").write_text("\n".join([*lines[:-1], lines[-1].replace(f",{cells[2]},", ",maybe,", 1)]))
-    with pytest.raises(InputError, match=f"{name}: got maybe; one of prefill"):
+    with pytest.raises(InputError, match=f"{name}: got maybe; one of true, 1"):
         load(tmp_path / "a.csv", "csv")
 
 
