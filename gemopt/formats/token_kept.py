@@ -38,6 +38,7 @@ class Rows:
     unread: set[str] = field(default_factory=set)
     ranks: dict[str, str] = field(default_factory=dict)  # the one that each column of ranks names
     layer: str = ""  # the name of the column
+    token: str = ""
     around: dict[bool, str] = field(default_factory=dict)  # what comes before the number in the names of layers
     batches: set[tuple[int, int, int]] = field(default_factory=set)  # step, layer, digest of the experts of many tokens
     passes: Passes = field(default_factory=lambda: Passes(TOGETHER))  # of rows that number no steps

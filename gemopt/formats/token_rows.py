@@ -26,6 +26,7 @@ from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.formats.token_beside import Beside
 from gemopt.formats.token_cells import (
     NAMES,
+    bare,
     columns_of,
     experts_in,
     joined,
@@ -107,7 +108,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
             if columns is None:
                 columns = known
                 rows.by_step, rows.by_file = _by_step(where, columns, options), "request" not in columns
-                rows.layer = columns["layer"]
+                rows.layer, rows.token = columns["layer"], columns.get("token", "")
             if known != columns:
                 shown = ", ".join(known.values())
                 raise InputError(where, shown, f"{', '.join(columns.values())}, as in the rows before")
@@ -301,14 +302,15 @@ def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], opt
 
 
 def _refuse_vocabulary(rows: Rows) -> None:
-    """Raise where the numbers of a request's tokens neither rise from row to row nor follow each other."""
+    """Raise where a request's numbers of a column `token` neither rise from row to row nor follow each other."""
     numbers: dict[str, list[int]] = {}
-    for request, token in rows.tokens:
+    for request, token in rows.tokens if bare(rows.token) in ("token", "tok") else ():
         numbers.setdefault(request, []).append(token)
     for each in numbers.values():
         if each != sorted(each) and max(each) - min(each) >= len(each):
-            limit, hint = "the place of each token in its request", "ids of the vocabulary? call them token_id"
-            raise InputError("PATHS: token", f"{each[:4]}, ..."[:100], limit, hint)
+            limit = "the place of each token in its request"
+            hint = "ids of the vocabulary? call them token_id; places? call them position"
+            raise InputError(f"PATHS: {rows.token}", f"{each[:4]}, ..."[:100], limit, hint)
 
 
 ENGINES = {

@@ -244,8 +244,8 @@ def test_columns_of_other_modes_and_stages_are_no_phases(load, tmp_path, name):
 
 
 def test_ids_of_the_vocabulary_are_no_places_of_tokens(load, tmp_path):
-    def renumbered(number, **fields):
-        found = [{**row, **fields, "token": number[row["token_idx"]]} for row in rows("req_id", "token_idx")]
+    def renumbered(number, name="token"):
+        found = [{**row, name: number[row["token_idx"]]} for row in rows("req_id", "token_idx")]
         return write(tmp_path / "a.jsonl", [{k: v for k, v in row.items() if k != "token_idx"} for row in found])
 
     count = len({row["token_idx"] for row in rows("req_id", "token_idx")})
@@ -255,3 +255,4 @@ def test_ids_of_the_vocabulary_are_no_places_of_tokens(load, tmp_path):
         load(renumbered(words), "tokens", phase=Phase.MIXED)
     for places in (order, [40 + n for n in range(count)], [10 * n for n in range(count)]):
         load(renumbered(places), "tokens", phase=Phase.MIXED)
+    load(renumbered([10 * n for n in order], "position"), "tokens", phase=Phase.MIXED)  # some of them, in any order
