@@ -40,7 +40,10 @@ def test_times_of_gpus_are_a_fleet(tmp_path: Path) -> None:
         ("gpu,fp8_ms,bf16_ms", "0,5,6\n1,6,7\n"),
         ("gpu,median_ms,total_ms", "0,5,500\n1,6,450\n"),  # of many runs
     ):
-        with pytest.raises(InputError, match="a column rel_time, or one of times and the GPUs they are of, is needed"):
+        with pytest.raises(
+            InputError,
+            match="a column rel_time, or one of times and the GPUs they are of, is needed; of several times keep one",
+        ):
             read_fleet(written(tmp_path, f"{header}\n{rows_of}"))
 
 

@@ -64,7 +64,7 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
     column = relative or _of_time(table)
     if column is None:
         limit = "a column rel_time, or one of times and the GPUs they are of, is needed"
-        raise InputError(str(path), f"columns {', '.join(table.header)}", limit)
+        raise InputError(str(path), f"columns {', '.join(table.header)}", limit, "of several times keep one")
     names = sorted({row.cells["dataset"] for row in table.rows}) if "dataset" in table.header else [""]
     if name is None and len(names) > 1:
         raise InputError(str(path), f"{len(names)} fleets", f"one of {', '.join(names)}", "choose with --fleet")
