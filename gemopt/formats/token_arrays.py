@@ -108,8 +108,8 @@ def _responses(
     files: Sequence[Path], layers: Mapping[Path, int], options: TraceOptions, notes: list[str]
 ) -> Iterator[Response]:
     """The sequences of files; layers: of files that hold the tokens of one each."""
-    prompts = {} if layers or options.phase is Phase.MIXED else {p: _tokens(p, PROMPTS, PROMPT_SIZES) for p in files}
-    if options.phase is not Phase.MIXED and (layers or None in prompts.values()):
+    told = {} if layers or options.phase is Phase.MIXED else {path: _prompt_and_answer(path) for path in files}
+    if options.phase is not Phase.MIXED and (layers or any(prompt is None for prompt, _ in told.values())):
         limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
         hint += "; responses that tell their prompts: --from vllm" if files[0].suffix not in SUFFIXES else ""
         raise InputError(str(files[0]), "no phase", limit, hint)
@@ -129,10 +129,9 @@ def _responses(
             sequences += [(f"{where}: sequence {i}" if len(alone) > 1 else where, each) for i, each in enumerate(alone)]
         notes += padding(path.name, [each for _, each in sequences])
         notes += [f"{path.name}: {len(parts)} sequences, each replayed as a request"] if len(parts) > 1 else []
-        if prompts and len(sequences) > 1:
+        if told and len(sequences) > 1:
             raise InputError(str(path), f"{len(sequences)} sequences and one prompt", "one of each", "--phase all")
-        prompt, ids = prompts.get(path), sequences[0][1]
-        answer = _tokens(path, ANSWERS, ANSWER_SIZES) if prompt else None
+        (prompt, answer), ids = told.get(path, (None, None)), sequences[0][1]
         if prompt and answer and len(ids) < prompt + answer - 1:
             limit = f"the {prompt} of the prompt + {answer} of the answer - 1"
             hint = "experts of the answer alone? --phase all; ids of the prompt as well? leave them out"
@@ -144,14 +143,19 @@ def _responses(
         yield from (Response(name=None, samples=[sample]) for sample in samples)
 
 
-def _tokens(path: Path, ids: Sequence[str], sizes: Sequence[str]) -> int | None:
-    """How many tokens arrays beside one sequence tell, by their ids or their number; None where none is certain."""
+def _prompt_and_answer(path: Path) -> tuple[int | None, int | None]:
+    """Their tokens in a file with one sequence, by ids or numbers beside it; None where none is certain."""
     data = _loaded(path)[0] if path.suffix in SUFFIXES else None
+    arrays = data if isinstance(data, dict) else {}
+    return _tokens(arrays, PROMPTS, PROMPT_SIZES), _tokens(arrays, ANSWERS, ANSWER_SIZES)
+
+
+def _tokens(arrays: Mapping[Any, Any], ids: Sequence[str], sizes: Sequence[str]) -> int | None:
     found = set()
-    for name, array in ((name, as_numpy(each)) for name, each in (data.items() if isinstance(data, dict) else ())):
+    for name, array in ((name, as_numpy(arrays[name])) for name in arrays if name in (*ids, *sizes)):
         if name in ids:
             found.add(array.size if array.ndim and array.size == array.shape[-1] else None)
-        elif name in sizes:
+        else:
             found.add(int(array.item()) if array.size == 1 and array.dtype.kind in "iu" and array >= 0 else None)
     return found.pop() if len(found) == 1 else None
 
