@@ -245,7 +245,8 @@ def _response(where: str, body: dict[str, Any]) -> Response:
         known = dict(usage or {})
         if len(choices) > 1:  # a sum over the choices: it says nothing of one of them
             known.pop("completion_tokens", None)
-        lengths = [len(each[n]) for each in (choice, body) for n in PROMPTS if isinstance(each.get(n), list)]
+        prompts = [each[n] for each in (choice, body) for n in PROMPTS if isinstance(each.get(n), list)]
+        lengths = [len(each) for each in prompts if list not in map(type, each)]  # and not of several prompts
         sizes = [each[n] for each in (choice, body) for n in PROMPT_SIZES if each.get(n) is not None]
         if lengths or (sizes and known.get("prompt_tokens") is None):
             known["prompt_tokens"] = (lengths or sizes)[0]

@@ -83,9 +83,10 @@ def test_any_of_the_counts_tells_the_prompt_from_the_answer(load, known):
     assert (traces.counts == counts(ids[PROMPT:])).all()
 
 
-def test_without_any_count_nothing_is_guessed(load):
+@pytest.mark.parametrize("known", [{}, {"prompt_ids": [[0] * PROMPT]}])
+def test_without_any_count_nothing_is_guessed(load, known):
     ids = routing()
-    whole = body(ids)
+    whole = body(ids) | known
     del whole["usage"]
     for phase in (Phase.DECODE, Phase.PREFILL):
         with pytest.raises(InputError, match=r"tell the prompt from the answer; --phase all"):
