@@ -20,7 +20,7 @@ from gemopt.migration import count_moves, held
 from gemopt.moves import Budget, Moves
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
-from gemopt.result import Result, Status
+from gemopt.result import Result, Status, StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers.base import Linked, LinkedSolver, Options, Row, within_budget
 from gemopt.solvers.exact.cpsat import CpSat
@@ -233,3 +233,16 @@ def test_what_is_not_weighed_is_refused_in_one_line() -> None:
         with pytest.raises(UnsupportedError, match=said) as caught:
             solve(profile(3), links.traces, **{**given, **asked})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def test_what_is_proven_without_links_does_not_end_a_call_with_them() -> None:
+    for seed in (1, 2):
+        links, results = random_links(seed), dict[str, Result]()
+        for solver in ("branch", "auto"):
+            results[solver] = solve(
+                profile(3), links.traces, topology=links.topology, exchange=links.exchange, slots_per_rank=[2, 1, 1],
+                solver=solver, cost="staircase", time_limit=60, patience=3,
+            )  # fmt: skip
+        found = results["branch"]
+        assert (found.stopped_by is StoppedBy.PROOF) == (found.status is Status.OPTIMAL)
+        assert found.bound_us <= results["auto"].objective_us * (1 + 1e-9)

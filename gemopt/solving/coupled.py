@@ -17,6 +17,7 @@ from gemopt.links import Exchange, Links, check_asked
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
+from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Row, within_budget
 from gemopt.solvers.exact.joint import check_stated
@@ -56,7 +57,12 @@ def go_coupled(run: Run, links: Links, compute_slack: float | None, moving: Movi
     run.time_limit = limit
     run.coupling = Coupling(links, bound_L, base_L, compute_slack)
     bound_us = alone_us if links.exchange.overlap else alone_us + float(bound_L.sum())
-    return max(bound_us, _together(run, links, run.clock + limit - kept, moving, bound_us) if heeds else 0.0)
+    if heeds:
+        return max(bound_us, _together(run, links, run.clock + limit - kept, moving, bound_us))
+    for outcome in (each.outcome for each in run.layers if each.outcome is not None and not each.outcome.infeasible):
+        if outcome.stopped_by in (StoppedBy.PROOF, StoppedBy.GAP):  # of the makespans alone
+            outcome.stopped_by = StoppedBy.ITERATIONS
+    return bound_us
 
 
 def _base(problems: Sequence[Problem], links: Links) -> FloatArray:
