@@ -29,6 +29,12 @@ class _Where(CompileResultCacheImpl):
 class _Kept(FunctionCache):
     _impl_class = _Where
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What another user keeps for himself is compiled."""
+        with suppress(OSError):
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        return None
+
     def save_overload(self, sig: Any, data: Any) -> None:
         """A full disk, or a folder that became read-only, costs the next process another compilation, no more."""
         with suppress(OSError):

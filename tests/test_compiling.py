@@ -65,6 +65,17 @@ def test_a_disk_that_is_full_meanwhile_stops_nothing(tmp_path: Path, monkeypatch
     assert load(tmp_path)(3) == 6
 
 
+def test_what_another_user_keeps_for_himself_is_compiled(
+    tmp_path: Path, nothing_can_be_written: Callable[[], None]
+) -> None:
+    assert load(tmp_path)(3) == 6
+    for index in (tmp_path / "__pycache__").glob("*.nbi"):
+        index.unlink()
+        index.mkdir()  # root may read every file, but no folder as one
+    nothing_can_be_written()
+    assert load(tmp_path)(3) == 6
+
+
 def test_every_kernel_is_compiled_by_it() -> None:
     for path in (ROOT / "gemopt").rglob("*.py"):
         names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
