@@ -18,8 +18,10 @@ SOURCE = "from gemopt.compiling import njit\n\n\n@njit(nogil=True)\ndef double(x
 
 def load(folder: Path) -> Any:
     """The kernel, as another process would meet it."""
-    (folder / "kernel_of_a_test.py").write_text(SOURCE)
-    spec = importlib.util.spec_from_file_location("kernel_of_a_test", folder / "kernel_of_a_test.py")
+    source = folder / "kernel_of_a_test.py"
+    if not source.exists():  # some numba asks when it was written
+        source.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("kernel_of_a_test", source)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
