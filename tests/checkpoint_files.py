@@ -55,7 +55,7 @@ def network(row):
 
 def config_of(row, **more):
     special = {row.identity_experts[0]: IDENTITY} if row.identity_experts else {}
-    groups = {"n_group": 1, "topk_group": 1} if row.groups == "n_group" else {}
+    groups = {"n_group": 1, "topk_group": 1} if row.group_defaults else {}
     return {
         "model_type": row.model_type,
         row.num_experts: E,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import replace
 from typing import Any
@@ -136,11 +135,12 @@ class Partly:
     reached: tuple[bool, ...] = ()
 
     def __init__(self) -> None:
-        self.calls = itertools.count()
+        self.numbers: dict[int, int] = {}
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         assert warm_start is not None
-        start, reached = objective(problem, warm_start), self.reached[next(self.calls)]
+        number = self.numbers.setdefault(id(problem), len(self.numbers))  # those that were cut are searched once more
+        start, reached = objective(problem, warm_start), self.reached[number]
         return Outcome(
             warm_start, StoppedBy.TIME_LIMIT, start_us=start, own_bound_us=0.5 * start if reached else None,
             stated_steps=5, distinct_steps=10, reached=reached, note="" if reached else "no time",

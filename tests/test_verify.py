@@ -260,8 +260,8 @@ def test_the_command_prints_both_bounds_and_exits_2_on_a_fault(
 
 
 def test_the_verifier_knows_no_solver() -> None:
-    """It shares only documents, the features and the fit of the cost model with what it checks."""
-    allowed = {"certificate", "costs", "documents", "exceptions", "latency", "profile", "traces"}
+    """It shares only documents, the compiler, the features and the fit of the cost model with what it checks."""
+    allowed = {"certificate", "compiling", "costs", "documents", "exceptions", "latency", "profile", "traces"}
     paths = [*sorted((ROOT / "gemopt" / "verify").glob("*.py")), ROOT / "gemopt" / "certificate.py"]
     assert len(paths) == 13
     for path in paths:
