@@ -1,5 +1,7 @@
-"""Search under a price and limits of moves: best swaps from home, free placements walked home, then kicks,
-in turn with walks of single changes where slots are spare.
+"""Search under a price and limits of moves: best swaps from home, free placements walked home, then kicks.
+
+Where slots are spare, swaps and copies at a price that falls come first, since a copy is one move and a swap two; and
+kicks take turns with walks of single changes, which know the split that is asked for.
 
 Never worse than `few_moves` from the placement in force when there is the time for it: all its waypoints are offered.
 Everything that is offered is scored by `gemopt.evaluate.total` and keeps to the limits.
@@ -39,6 +41,8 @@ BATCH_KICKS = 25
 KICK_SWAPS = 2
 ROUNDS = 20  # of copies and swaps
 NEVER = 2**62
+FIRST_PRICE, LAST_PRICE, FALL = 0.02, 1e-5, 0.5  # of the value: prices of a move, each the half of the one before
+HOME_SHARE = 0.2  # of the time, for the first walk, which begins with the placement in force
 OPTIMAL_SHARE = 4.0  # times as long as kicks, which know nothing of the optimal split: walks
 SAME = 1e-6  # of the value: what walks may be off
 
@@ -130,6 +134,8 @@ class _Search(Best):
                     self.starts.append(self._without_moves())
             if not self.starts:
                 break
+            if not begun and self.starts[0] is self.home and self.problem.spare_slots:
+                self._fall(self.home)
             begun = True
             reached = self._walk(self.starts[0])
             self.starts[:1] = [reached] if self.stop[0] else []
@@ -150,6 +156,18 @@ class _Search(Best):
         for point in way:
             self.offer(point.row)
         return way[-1].row
+
+    def _fall(self, row: Row) -> None:
+        """Swaps and copies at a price that falls, so that what gains most by its moves comes first."""
+        value_us, ranks = total(self.problem, row), np.ones(self.problem.num_ranks, bool)
+        price_us = FIRST_PRICE * value_us
+        while price_us > max(self.moves.price_us, LAST_PRICE * value_us) and not self.options.expired():
+            moves = replace(self.moves, price_us=price_us)
+            terms, state = make_terms(self.problem, moves), self.state(row)
+            settle(self.costs, state, terms, moved_into(state, terms), ranks, True)
+            row = copies_within(self.problem, self.state(state.content), self.costs, moves)
+            self.offer(row)
+            price_us *= FALL
 
     def _without_moves(self) -> Row:
         """A placement that heeds no moves, from a share of the time."""
@@ -208,16 +226,11 @@ class _Search(Best):
     def _walk_on(self, kicked_s: float) -> bool:
         """Changes of single slots, at first from home, then from the best, in turn with kicks; whether they helped."""
         assert self.row is not None and self.draws is not None
-        options = self.options
+        seconds = kicked_s * (OPTIMAL_SHARE if self.problem.split is Split.OPTIMAL else 1.0)
         if self.walk is None:
-            self.walk = SharingWalk(self.problem, self.home, self.draws)
-            while self.walk.walk(self.walk.round, options.expired):
-                pass
-            if self.offer(self.walk.best):
-                return True
-        if self.walk.best_us > self.value * (1 + SAME):
+            self.walk, seconds = SharingWalk(self.problem, self.home, self.draws), HOME_SHARE * self.options.remaining
+        elif self.walk.best_us > self.value * (1 + SAME):
             self.walk.restart(self.row)
-        timed, share = options.patience is None, OPTIMAL_SHARE if self.problem.split is Split.OPTIMAL else 1.0
-        end = time.monotonic() + share * kicked_s
+        options, end, timed = self.options, time.monotonic() + seconds, self.options.patience is None
         over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
         return self.walk.walk(NEVER if timed else self.walk.some(), over) and self.offer(self.walk.best)
