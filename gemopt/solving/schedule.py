@@ -3,8 +3,7 @@
 A layer's share of a phase is what is left of it over the layers still to come, so time that one does not need goes to
 the others; the co-location bound takes the layers where most is open first, and lends them what others are due where it
 gains faster. What layers proven early leave goes to those cut by the time where most is open. Workers beyond one per
-layer search it again from other seeds. Nothing here knows a solver by more than
-its name and what it supports.
+layer search it again from other seeds. Nothing here knows a solver by more than its name and what it supports.
 """
 
 from __future__ import annotations
@@ -157,7 +156,8 @@ class Run:
         """Do a phase's work on one layer, and add the seconds it took to the layer's."""
         begin = time.monotonic()
         share_s, left_s = times()
-        getattr(self, work)(layer, *(begin + each for each in ((share_s, left_s) if work in LENDING else (share_s,))))
+        ends = (begin + share_s, begin + left_s)
+        getattr(self, work)(layer, *(ends if work in LENDING else ends[:1]))
         layer.seconds += time.monotonic() - begin
 
     def _on_cluster(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[bool, None, None]:
