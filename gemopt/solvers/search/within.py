@@ -57,7 +57,7 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     search = _Search.going_on(options, problem) or _Search(problem, warm_start, free)
     if search.row is None:
         return no_placement(problem)
-    search.options = options
+    search.options, search.walk = options, None
     with options.alarm() as search.stop:
         search.descend()
         stopped_by = search.iterate()
@@ -93,10 +93,12 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
 
-    searched: whether anything was. stop: [1] see `Options.alarm`. home: where walks begin.
+    searched: whether anything was. stop: [1] see `Options.alarm`. home: where the first walk begins;
+    walked: whether it did. walk: of this call.
     """
 
     home: Row
+    walked = False
     walk: Walk | None = None
 
     def __init__(self, problem: Problem, warm_start: Row | None, free: FreeSearch) -> None:
@@ -227,8 +229,11 @@ class _Search(Best):
         """Changes of single slots, at first from home, then from the best, in turn with kicks; whether they helped."""
         assert self.row is not None and self.draws is not None
         seconds = kicked_s * (OPTIMAL_SHARE if self.problem.split is Split.OPTIMAL else 1.0)
-        if self.walk is None:
-            self.walk, seconds = SharingWalk(self.problem, self.home, self.draws), HOME_SHARE * self.options.remaining
+        if self.walk is None and not self.walked:
+            self.walk, self.walked = SharingWalk(self.problem, self.home, self.draws), True
+            seconds = HOME_SHARE * self.options.remaining
+        elif self.walk is None:
+            self.walk = SharingWalk(self.problem, self.row, self.draws)
         elif self.walk.best_us > self.value * (1 + SAME):
             self.walk.restart(self.row)
         options, end, timed = self.options, time.monotonic() + seconds, self.options.patience is None
