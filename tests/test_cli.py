@@ -147,14 +147,6 @@ def test_compare_says_what_a_solver_cannot_do(tmp_path: Path, capsys: pytest.Cap
     assert code == 0 and "eplb: cannot use unequal slots" in out
 
 
-def test_compare_within_what_an_engine_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("compare", *write_inputs(tmp_path), "--slots-per-rank", 3, "--time-limit", 60)
-    rows = gemopt_json(capsys, *words, "--engine", "sglang", "--solvers", "local-search,branch")
-    assert rows[0]["objective_us"] > 0
-    assert rows[1]["objective_us"] is None and "branch" in rows[1]["note"], "which leaves slots empty"
-    assert gemopt_json(capsys, *words, "--solvers", "branch")[0]["objective_us"] > 0
-
-
 def test_compare_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = write_inputs(tmp_path)
     words = ("compare", *inputs, "--solvers", "linear,lpt", "--time-limit", 1, "--plot")

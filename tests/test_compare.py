@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt_json, write_inputs
 from timed import timed
 
 from gemopt.compare import compare
@@ -188,3 +190,11 @@ def test_a_row_that_nothing_was_left_for_says_so(inputs: tuple[Profile, Traces])
     assert not any("time-limit" in row.note for row in rows)
     refused = compare(*inputs, solvers=["linear", "columns"], holdout=0, slots_per_rank=4, time_limit=5)[1]
     assert refused.note.startswith("columns cannot use spare slots; use linear, round-robin, eplb, ")
+
+
+def test_compare_within_what_an_engine_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", *write_inputs(tmp_path), "--slots-per-rank", 3, "--time-limit", 60)
+    rows = gemopt_json(capsys, *words, "--engine", "sglang", "--solvers", "local-search,branch")
+    assert rows[0]["objective_us"] > 0
+    assert rows[1]["objective_us"] is None and "branch" in rows[1]["note"], "which leaves slots empty"
+    assert gemopt_json(capsys, *words, "--solvers", "branch")[0]["objective_us"] > 0
