@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.traces import Traces
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "peers.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "peers.jsonl"
 
 
 def test_lost_and_ahead_mean_in_every_seed() -> None:
@@ -57,6 +59,11 @@ def test_the_committed_page_is_of_the_committed_rows() -> None:
     assert {row["cell"] for row in rows} <= {cell.name for cell in cells.CELLS}
     text, found = RESULTS.with_suffix(".md").read_text(), page.verdicts(rows)
     assert all(line in text for line in page.summary(found, rows))
+    *_, last = csv.DictReader(RESULTS.with_name("peers_history.csv").open())
+    readme, docs = ((ROOT / name).read_text() for name in ("README.md", "docs/benchmark.md"))
+    assert "on {cells} fixed cells".format(**last) in readme
+    assert "in {ahead}, level in {level}, behind in {lost}.".format(**last) in readme
+    assert "Of {cells} cells gemopt is ahead of the best of all in {ahead}, level in {level} ".format(**last) in docs
 
 
 @pytest.mark.engines
