@@ -49,7 +49,7 @@ class LayerProof(Part):
     co-location programme, of the contents of ranks and of copies prove, None where there are none.
     weights: [P] static ones of the slots, where the split is that.
     planes: [C, K, 1 + F] intercept and slopes of each group in 2^-24 picoseconds; group, factor: [G] of each rank that
-    has slots, the factor in 2^-24. See docs/certificates.md.
+    has slots, the factor in 2^-24. See docs/bounds.md.
     """
 
     layer_id: int

@@ -1,6 +1,6 @@
 """What multipliers over all contents of a rank prove, in whole numbers, and a plain search of the contents they leave.
 
-The formula is that of docs/certificates.md. Multipliers are in 2^-24, levels in picoseconds, prices and costs in 2^-12
+The formula is that of docs/bounds.md. Multipliers are in 2^-24, levels in picoseconds, prices and costs in 2^-12
 picoseconds; every product is rounded down.
 """
 

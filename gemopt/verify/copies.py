@@ -1,6 +1,6 @@
 """What the multipliers of the copies bound prove, in whole numbers: no rounding, so no doubt.
 
-The formula is that of docs/certificates.md, under even shares or under any. With multipliers in units of 2^-24, times
+The formula is that of docs/bounds.md, under even shares or under any. With multipliers in units of 2^-24, times
 and the price of a slot in picoseconds, all costs are whole numbers of 2^-24 picoseconds.
 """
 

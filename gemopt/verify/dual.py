@@ -1,6 +1,6 @@
 """What the multipliers of a certificate prove, in whole numbers: no rounding, so no doubt.
 
-The formula is that of docs/certificates.md. With all in units of 2^-24: multipliers mu, factors s, planes (a, b) and
+The formula is that of docs/bounds.md. With all in units of 2^-24: multipliers mu, factors s, planes (a, b) and
 prices, costs of pairs and of experts alone are whole numbers of 2^-48 or 2^-72 picoseconds.
 """
 

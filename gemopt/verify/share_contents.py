@@ -1,6 +1,6 @@
 """What multipliers over the contents of ranks prove where copies share evenly, in whole numbers.
 
-The formula is that of docs/certificates.md. Multipliers are in 2^-24, times in picoseconds, prices and costs in 2^-12
+The formula is that of docs/bounds.md. Multipliers are in 2^-24, times in picoseconds, prices and costs in 2^-12
 picoseconds. What an expert brings to each of its c ranks is rounded so that the bound falls: its share of the
 assignments and of its multipliers down, that of its price up.
 """
