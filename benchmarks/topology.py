@@ -128,6 +128,7 @@ def run(case: Case, path: str, layers: slice, limit: float, moetuner: float, row
         "joint": ours(limit, solver="local-search", patience=5, **wired),
         "joint, one descent": ours(limit, solver="local-search", patience=0, **wired),
         f"at most {SLACK:.1%} of compute": ours(limit, **slack),
+        f"joint, {TIMES} times the steps": ours(limit, more, solver="local-search", patience=5, **wired),
         f"blind to links, {TIMES} times the steps": ours(limit, more, solver="local-search", patience=5),
         f"at most {SLACK:.1%} of compute, {TIMES} times the steps": ours(limit, more, **slack),
         f"joint, network {SLOWER:g} times slower": ours(

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_inputs import gemopt
+from timed import timed
 
+from gemopt import solve
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase, Traces, from_tokens, regrouped
 
@@ -71,3 +73,17 @@ def test_what_cannot_be_regrouped(tmp_path: Path, capsys: pytest.CaptureFixture[
         capsys, "trace", "regroup", tmp_path / "counts.safetensors", "-o", tmp_path / "no.safetensors"
     )
     assert code == 2 and "request" in err and err.count("\n") == 1 and not (tmp_path / "no.safetensors").exists()
+
+
+def test_fitting_few_steps_is_said_with_the_way_out() -> None:
+    given, profile = recorded(Phase.PREFILL), timed(range(4), lambda n, _: 10.0 + n, (0, 400))
+    unknown = Traces(counts=given.counts)
+
+    def said(traces: Traces) -> list[str]:
+        return [note for note in solve(profile, traces, solver="lpt").notes if "others it may do worse" in note]
+
+    assert [note.partition("worse: ")[2] for note in (*said(given), *said(unknown))] == [
+        "`gemopt trace regroup` makes more of the same requests",
+        "record more",
+    ]
+    assert said(regrouped(given, 6)) == []

@@ -39,6 +39,7 @@ from gemopt.traces import Traces
 from gemopt.words import counted, gathered
 
 ROUNDING = 1e-9
+FEW_STEPS = 32  # of 11 a search fits the chances, of 128 hardly (docs/tracing.md)
 
 
 def answer(
@@ -77,6 +78,7 @@ def answer(
     total = None if value is None else value + sum(layer.moves_us for layer in per_layer)
     bound = _bound(run, per_layer, bound_us, total)
     notes = [*_notes(run, per_layer), *_division(run, moving), *profile_doubts(profile, traces), *_wires(run, profile)]
+    notes += _few_steps(traces)
     gap, base = relative_gap(total, bound), sum(layer.base_us for layer in run.layers)
     base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
     report_of_moves = None
@@ -285,6 +287,15 @@ def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
     if weak:
         said.append(f"the bounds of {weak} of {count} layers were cut short: the gap may be smaller than it says")
     return said
+
+
+def _few_steps(traces: Traces) -> list[str]:
+    """A sentence on steps so few that the placement is fitted to who happened to meet whom in them."""
+    if traces.num_steps >= FEW_STEPS:
+        return []
+    known = traces.tokens is not None and traces.tokens.request is not None
+    more = "`gemopt trace regroup` makes more of the same requests" if known else "record more"
+    return [f"fitted on {counted(traces.num_steps, 'step')}, on others it may do worse: {more}"]
 
 
 def _status(per_layer: list[LayerResult], gap: float | None) -> Status:
