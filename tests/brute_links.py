@@ -7,7 +7,9 @@ from itertools import permutations, product
 
 import numpy as np
 
+from gemopt.evaluate import linked_total
 from gemopt.links import Exchange, Links
+from gemopt.problem import Problem
 from gemopt.topology import Level, Topology
 from gemopt.traces import Traces
 from gemopt.traces.arrays import count_assignments
@@ -139,6 +141,21 @@ def placements(experts: int, slots_G: np.ndarray) -> list[np.ndarray]:
         parts = tuple(tuple(sorted(order[s : s + n])) for s, n in zip(starts, slots_G, strict=True))
         found[parts] = np.array([e for part in parts for e in part])
     return list(found.values())
+
+
+def pair_totals(problems: list[Problem], rows: list[np.ndarray], links: Links, pairs: np.ndarray) -> np.ndarray:
+    """Of pairs of rows, [N, 2], what each takes in two layers; those of layers that are not coupled add up."""
+
+    def worth(i: int, j: int) -> float:
+        return linked_total(problems, [rows[i], rows[j]], links)
+
+    if links.coupled:
+        return np.array([worth(i, j) for i, j in pairs])
+    first, second = (
+        np.array([worth(*at) for at in each])
+        for each in ([(i, 0) for i in range(len(rows))], [(0, i) for i in range(len(rows))])
+    )
+    return first[pairs[:, 0]] + second[pairs[:, 1]] - first[0]
 
 
 def random_links(seed: int, *, experts: int = 4, layers: int = 2, ranks: int = 3, steps: int = 3) -> Links:

@@ -193,7 +193,7 @@ def test_a_row_that_nothing_was_left_for_says_so(inputs: tuple[Profile, Traces])
 
 
 def test_compare_within_what_an_engine_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("compare", *write_inputs(tmp_path), "--slots-per-rank", 3, "--time-limit", 60)
+    words = ("compare", *write_inputs(tmp_path), "--slots-per-rank", 3, "--patience", 2, "--time-limit", 60)
     rows = gemopt_json(capsys, *words, "--engine", "sglang", "--solvers", "local-search,branch")
     assert rows[0]["objective_us"] > 0
     assert rows[1]["objective_us"] is None and "branch" in rows[1]["note"], "which leaves slots empty"

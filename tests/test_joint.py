@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brute_links import placements, random_links
+from brute_links import pair_totals, placements, random_links
 from cli_inputs import profile
 
 from gemopt.evaluate import linked_total
@@ -32,7 +32,14 @@ def problems_of(links: Links, seed: int) -> list[Problem]:
 
 
 def best_of_all(problems: list[Problem], links: Links) -> float:
-    return min(linked_total(problems, list(pair), links) for pair in product(placements(4, SLOTS), repeat=2))
+    return best_pair(problems, placements(4, SLOTS), links)[0]
+
+
+def best_pair(problems: list[Problem], rows: list[np.ndarray], links: Links) -> tuple[float, list[np.ndarray]]:
+    """The smallest total of all pairs of rows, and the rows."""
+    pairs = np.array(list(product(range(len(rows)), repeat=2)))
+    totals = pair_totals(problems, rows, links, pairs)
+    return totals.min(), [rows[i] for i in pairs[totals.argmin()]]
 
 
 def agrees(solver: LinkedSolver, seed: int) -> bool:
@@ -74,7 +81,7 @@ def rows_with_copies(experts: int, slots_G: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize(("slots", "seeds"), [([2, 1, 1], [0, 5, 8, 9, 11, 13]), ([2, 2, 1], [0, 11])])
+@pytest.mark.parametrize(("slots", "seeds"), [([2, 1, 1], [0, 5, 11]), ([2, 2, 1], [0, 11])])
 def test_copies_take_turns_in_what_is_stated(slots: list[int], seeds: list[int]) -> None:
     """Three experts: one spare slot, and two, so that three copies are possible and all share six turns."""
     copied = 0
@@ -84,11 +91,10 @@ def test_copies_take_turns_in_what_is_stated(slots: list[int], seeds: list[int])
         latencies = [Latency(((line(rng.uniform(0, 9), rng.uniform(0, 2)),),)) for _ in slots]
         layers = links.traces.counts.swapaxes(0, 1)
         problems = [Problem.make(counts, (ASSIGNMENTS,), latencies, slots_G) for counts in layers]
-        pairs = list(product(rows_with_copies(3, slots_G), repeat=2))
-        totals = [linked_total(problems, list(pair), links) for pair in pairs]
-        copied += max((row >= 0).sum() for row in pairs[int(np.argmin(totals))]) > 3
+        best, rows = best_pair(problems, rows_with_copies(3, slots_G), links)
+        copied += max((each >= 0).sum() for each in rows) > 3
         row = np.array([0, 1, *[-1] * (slots[0] - 2), 2, *[-1] * (sum(slots[1:]) - 1)])
-        assert proves(CpSat(), problems, links, min(totals), row)
+        assert proves(CpSat(), problems, links, best, row)
     assert copied >= len(seeds) - 1
 
 
@@ -98,7 +104,7 @@ def test_milp_states_copies_too() -> None:
         Problem.make(counts, (ASSIGNMENTS,), [Latency(((line(3, 1),),))] * 3, SLOTS)
         for counts in links.traces.counts.swapaxes(0, 1)
     ]
-    best = min(linked_total(problems, list(p), links) for p in product(rows_with_copies(3, SLOTS), repeat=2))
+    best, _ = best_pair(problems, rows_with_copies(3, SLOTS), links)
     proves(Milp("highs"), problems, links, best, np.array([0, 1, 2, -1]))
 
 
