@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The folders profiling and models are parts of the package: the root must not be searched for modules.
 pytest engines quiet: export PYTHONSAFEPATH = 1
+# Images often set it; but hundreds of child processes would each compile anew what they import.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test pytest packages docs engines fuzz peers quiet lint typecheck clean
 
