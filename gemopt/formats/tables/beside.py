@@ -10,6 +10,15 @@ from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.columns import (
+    DEVICES,
+    INDEX,
+    MOMENTS,
+    OF_A_DEVICE,
+    REPEATS,
+    RESULTS,
+    SHAPES,
+    SHORT_UNITS,
+    SHOWN,
     STATISTICS,
     TIME_UNITS,
     TIMES,
@@ -35,6 +44,7 @@ STATES = {"status", "state", "outcome", "result", "verdict"}
 FAULTS = {"error", "errors", "err", "failed", "failure", "exception", "oom", "timeout", "timed_out"}
 MEASURED = re.compile(r"[^\w.]*(\d*\.?\d+(e[-+]?\d+)?|inf)\W*([munµ]?s|x|sec)?", re.ASCII)
 """A number and its unit, as `<0.5 us`."""
+YES = ("1", "1.0", "true", "yes")
 NO = {"0", "0.0", "false", "no", "n", "none", "nan", "null", "nil", "n/a", "-", ""}
 WELL = {"ok", "success", "succeeded", "passed", "cudasuccess", "hipsuccess"}
 NO_FAULT = re.compile(r"(no|without)[ _-]*(error|fault|failure)s?")
@@ -43,6 +53,8 @@ UNMEASURED = {
     "simulated", "simulation", "roofline", "estimated", "estimate", "theoretical", "predicted", "projected", "modeled",
     "interpolated", "extrapolated",
 }  # fmt: skip
+COMPUTED = UNMEASURED | {"normalized", "normalised"}
+"""Words of flags that say so of times."""
 FEW_WORDS = 3
 ORIGINS = {
     "source", "data_source", "latency_source", "time_source", "kind", "type", "method", "mode", "origin", "provenance",
@@ -74,6 +86,13 @@ EXCHANGED = {
 """Words of columns that say with or by what tokens were exchanged."""
 NETWORKS = {"interconnect", "nvlink", "rdma", "network"}
 """Words of columns that say how much was, at which rate."""
+SETTINGS = SHAPES | OF_A_DEVICE | STATISTICS | RESULTS | MOMENTS | {
+    "dtype", "quant", "quantization", "precision", "activation", "weights", "framework", "backend", "version", "model",
+    "name", "config", "kernel", "source", "test", "benchmark", "warmup", "warmups", "warm", "repetitions", "iters",
+    "iterations", "seq", "len", "length", "context", "node", "host", "topk", "top", "seed", "graph", "torch", "cuda",
+    "commit", "note", "comment",
+}  # fmt: skip
+"""Words of columns that may say anything of all rows: what was measured on, with, and how often."""
 
 
 def refuse_other_units(table: Table, time: str, scale: float) -> None:
@@ -93,6 +112,8 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
                 one = "which is right? mend the other" if unit_of(time) else f"--time-column '{time}:{unit}'"
                 hint = "write all times in one unit" if several else one
                 raise InputError(f"{table.path} {row.where}, {name}", told, f"the unit that {time} is read in", hint)
+            if unit and unit not in TIME_UNITS and words(name) & TIMES:
+                raise InputError(f"{table.path} {row.where}, {name}", told, f"a unit of time: {', '.join(SHORT_UNITS)}")
             if metric and words(told) & OTHER_METRICS and not words(told) & TIMES and unit_of(told) is None:
                 raise InputError(f"{table.path} {row.where}, {name}", told, "a time", "choose rows with --where")
 
@@ -122,8 +143,8 @@ def _refuse_failed(table: Table, read_over: Collection[str]) -> None:
 def _failed(column: str, cell: str) -> bool:
     told = cell.lower()
     if column.startswith("is_warm"):  # a setting `warmup` says that there was one before
-        return told in ("1", "1.0", "true", "yes")
-    if column in FLAGS:
+        return told in YES
+    if column.removeprefix("is_") in FLAGS:
         return bool(told) and (told in NO - {"nan", "null", "nil", "n/a", "-", "none"} or bool(words(told) & FAILED))
     if (words(told) & WELL and "not" not in words(told)) or NO_FAULT.fullmatch(told):
         return False
@@ -133,11 +154,14 @@ def _failed(column: str, cell: str) -> bool:
 
 
 def _refuse_computed(table: Table, read_over: Collection[str]) -> None:
-    for name in (each for each in table.header if plain(each) in ORIGINS and each not in read_over):
-        told = {value: words(value) for value in values(table.rows, name)}
-        computed = [value for value, parts in told.items() if parts & UNMEASURED and len(parts) <= FEW_WORDS]
+    for name in (each for each in table.header if each not in read_over):
+        found = values(table.rows, name)
+        if plain(name) in ORIGINS:
+            computed = [each for each in found if words(each) & UNMEASURED and len(words(each)) <= FEW_WORDS]
+        else:
+            computed = [each for each in found if words(name) & COMPUTED and each.lower() in YES]
         if computed:
-            others = [value for value in told if value not in computed]
+            others = [value for value in found if value not in computed]
             hint = f"--where '{name}={others[0]}'" if others else f"if they were: --repeat-column '{name}'"
             raise InputError(f"{table.path}, {name}", listed(computed), "times that were measured", hint)
 
@@ -204,6 +228,21 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
     for name in (columns[min(each)] for each in LAUNCHES if each <= columns.keys()):
         notes.append(f"means over {name}, it seems: of a kernel or of a whole layer, which may launch several?")
     return notes
+
+
+def unread(table: Table, used: Collection[str], said: Sequence[str]) -> list[str]:
+    """The sentence on columns that say the same of all rows, and may say that these are not what they are read as.
+
+    used: columns that were read, or are known to say nothing. said: sentences so far, which may be on some of them.
+    """
+    found = []
+    apart = {*used, *DEVICES, *REPEATS, *INDEX, *(word.strip(",:") for sentence in said for word in sentence.split())}
+    for name in (each for each in table.header if not {each, plain(each)} & apart):
+        told = values(table.rows, name)
+        usual = (words(name) & SETTINGS and "per" not in words(name)) or (told[0] == "1" and words(name) & {"num", "n"})
+        if len(told) == 1 and told[0].lower() not in NO and not usual and unit_of(name) is None:
+            found.append(f"{name} {told[0]}")
+    return [f"columns that say the same in all rows are left unread: {listed(found, 2 * SHOWN)}"] if found else []
 
 
 def _exchanged(table: Table, read_over: Collection[str]) -> list[str]:

@@ -40,6 +40,8 @@ def device_columns(table: Table, asked: Sequence[str], others: Sequence[str] = (
     ranks = [name for name in named if plain(name) in RANKS]
     if ranks:
         return ranks[:1]
+    for row in table.rows[:1]:
+        refuse_summaries(table, row, named)
     varying = [name for name in named if len(values(table.rows, name)) > 1]
     return sorted(varying, key=lambda name: plain(name) not in HOSTS)
 

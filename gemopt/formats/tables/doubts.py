@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import numpy as np
 
+from gemopt.formats.tables.columns import ENOUGH, LoadOf
+from gemopt.formats.tables.files import Table
 from gemopt.profile import Device, Profile, Sample, unit_doubt
 
 DISAGREE = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
@@ -11,6 +16,7 @@ SLOW = 1.5  # times what a larger load takes, or smaller ones one after the othe
 APART = 4.0  # times what another device takes
 DIGITS, COPIES = 5, 3
 TICK_US = 0.032  # events of CUDA count in these, or in 1.024 us
+STEADY = 1.1  # times what another repeat takes, under every load: not by chance
 SHORT = 4  # times as far as another device was measured
 
 
@@ -21,6 +27,29 @@ def doubts(profile: Profile, *, numbered: bool) -> list[str]:
     """
     asked = (unit_doubt, _disagreeing, *(() if numbered else (_merged,)), _copied, _slow, apart, _short)
     return [found for ask in asked if (found := ask(profile))]
+
+
+def repeats_apart(devices: Sequence[Table], columns: Sequence[str], load_of: LoadOf, time: str) -> list[str]:
+    """A sentence on each column of repeats of which one takes longer than another under every load.
+
+    columns: those that tell repeats; time: the column with the time.
+    """
+    found = []
+    for name in columns:
+        times: dict[str, dict[tuple[float, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
+        for i, device in enumerate(devices):
+            for row in device.rows:
+                times[row.cells[name]][i, *load_of(row)].append(float(row.cells[time]))
+        shared = sorted(set.intersection(*(set(each) for each in times.values())))
+        if not 1 < len(times) <= len(shared) or len(shared) < ENOUGH:
+            continue
+        median = {one: np.array([np.median(times[one][at]) for at in shared]) for one in times}
+        fast, slow = (pick(median, key=lambda one: float(np.median(median[one]))) for pick in (min, max))
+        ratio = median[slow] / np.maximum(median[fast], 1e-300)
+        if ratio.min() > STEADY:
+            told = f"{name} {slow} takes {np.median(ratio):.3g} times what {fast} takes, and longer under every load"
+            found.append(f"{told}: repeats of one kind?")
+    return found
 
 
 def _merged(profile: Profile) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, check_number
-from gemopt.formats.tables.beside import beside, refuse_other_units, refuse_skewed_groups
+from gemopt.formats.tables.beside import beside, refuse_other_units, refuse_skewed_groups, unread
 from gemopt.formats.tables.columns import (
     HOSTS,
     RANKS,
@@ -34,7 +34,7 @@ from gemopt.formats.tables.devices import (
     samples_of,
     told_apart,
 )
-from gemopt.formats.tables.doubts import doubts
+from gemopt.formats.tables.doubts import doubts, repeats_apart
 from gemopt.formats.tables.files import Row, Table, number, refuse_grouped, whole
 from gemopt.formats.tables.fleet import Fleet, equal, read_fleet, slow_down, what_if
 from gemopt.formats.tables.kinds import (
@@ -169,8 +169,7 @@ def read_table(
     top_k = given("--top-k", top_k, table, TOP_K)
     counted = unit_of_load(table, counts, layout, unit, top_k)
     skewed = refuse_skewed(table, where) if layout is AICONFIGURATOR else []
-    if layout is None and counted is Unit.GROUP_TOKENS:
-        skewed = refuse_skewed_groups(table, where)
+    skewed += refuse_skewed_groups(table, where) if layout is None and counted is Unit.GROUP_TOKENS else []
     reader.factor = factor(counted, top_k, ep, table, counts)
     _check_assignments(reader)
     _check_active(reader, None if layout else experts_of_a_rank(table, counted, ep))
@@ -186,9 +185,16 @@ def read_table(
             )
         files = [] if parts else values(table.rows, of_file) if of_file else [table.path]
         notes += [] if layout else _doubts_of_names(reader, time, files)
-        numbered = bool(repeats) or any(plain(name) in REPEATS for name in table.header)
-        notes += [*_beside(reader, layout, counted, top_k, repeats), *doubts(profile, numbered=numbered)]
+        notes += _beside(reader, layout, counted, top_k, repeats)
+        over = {*used, *repeats, *(text.partition("=")[0].strip() for text in where)}
+        notes += [*([] if layout else unread(table, over, notes)), *_doubts(reader, profile, tables, repeats)]
     return profile
+
+
+def _doubts(reader: _Reader, profile: Profile, devices: Sequence[Table], repeats: Sequence[str]) -> list[str]:
+    numbers = [name for name in devices[0].header if name in repeats or plain(name) in REPEATS]
+    apart = repeats_apart(devices, numbers, reader.key, reader.latency)
+    return [*apart, *doubts(profile, numbered=bool(numbers))]
 
 
 def _doubts_of_names(reader: _Reader, time: str | None, files: Sequence[str]) -> list[str]:

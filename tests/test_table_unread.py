@@ -1,0 +1,79 @@
+"""What a kernel table says of all rows and nothing reads is said, and so are repeats that chance does not explain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kernel_tables import loads, written
+from one_liners import one_line
+
+from gemopt.exceptions import InputError
+from gemopt.formats.tables.kernel import Unit, read_table
+
+NS = (1, 2, 4, 8)
+
+
+def notes_of(folder: Path, more: str, **options: object) -> list[str]:
+    header, cells = (more.replace("=", ",").split(",")[i::2] for i in (0, 1))
+    rows = "".join(",".join([str(n), str(50 + n), *cells]) + "\n" for n in NS)
+    path = written(folder, ",".join(["assignments", "time_us", *header]) + f"\n{rows}")
+    notes: list[str] = []
+    assert loads(read_table(path, notes=notes, **options)) == [(n, None, 50.0 + n) for n in NS]  # type: ignore[arg-type]
+    return notes
+
+
+@pytest.mark.parametrize(
+    "more", ["scale=1000", "inner_loops=10", "load_unit=tokens", "agg=sum", "clock=cpu", "blocks=48", "cold=True"]
+)
+def test_columns_with_one_value_that_nothing_reads_are_named(tmp_path: Path, more: str) -> None:
+    assert notes_of(tmp_path, more) == [
+        f"columns that say the same in all rows are left unread: {more.replace('=', ' ')}"
+    ]
+    assert notes_of(tmp_path, more, where=[more]) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "hidden_size=2880,dtype=bf16,num_experts=32,warmup=5,iters=100,version=0.14.0,seq_len=512",
+        "padded=False,note=,num_groups=1,std_us=0.5,tflops=123,gpu_name=H100,driver=580,date=2026-11-30",
+    ],
+)
+def test_what_was_measured_and_on_what_goes_without_saying(tmp_path: Path, more: str) -> None:
+    assert notes_of(tmp_path, more) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("estimated=True", "estimated: got True; times that were measured; if they were: --repeat-column 'estimated'"),
+        ("normalized=1", "normalized: got 1; times that were measured"),
+        ("is_valid=0", "is_valid: got 0; rows of runs that went well"),
+        ("latency_unit=ticks", "latency_unit: got ticks; a unit of time: us, ms, ns, s"),
+        ("gpu=all", "gpu: got all; one device"),
+        ("device=mean", "device: got mean; one device"),
+    ],
+)
+def test_what_they_say_of_the_times_is_heeded(tmp_path: Path, more: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        notes_of(tmp_path, more)
+    assert said in one_line(error)
+
+
+def repeated(folder: Path, column: str, factors: dict[str, list[float]], repeat: str | None = None) -> list[str]:
+    rows = [f"{n},{(50 + n) * by},{name}\n" for name, each in factors.items() for n, by in zip(NS, each, strict=True)]
+    notes: list[str] = []
+    path = written(folder, f"assignments,time_us,{column}\n{''.join(rows)}")
+    read_table(path, unit=Unit.ASSIGNMENTS, repeat=[repeat] if repeat else [], notes=notes)
+    return notes
+
+
+def test_a_run_that_is_slower_under_every_load_is_named(tmp_path: Path) -> None:
+    """As runs on two GPUs are, whose median is the time of neither."""
+    slower = {"0": [1.0] * 4, "1": [1.35] * 4}
+    said = " 1 takes 1.35 times what 0 takes, and longer under every load: repeats of one kind?"
+    assert repeated(tmp_path, "run", slower) == [f"run{said}"]
+    assert repeated(tmp_path, "batch_kind", slower, "batch_kind") == [f"batch_kind{said}"]
+    assert repeated(tmp_path, "run", {"0": [1.0, 1.2, 1.0, 1.2], "1": [1.2, 1.0, 1.2, 1.0]}) == []
+    assert repeated(tmp_path, "run", {"0": [1.0] * 4, "1": [1.05] * 4, "2": [1.02] * 4}) == []
