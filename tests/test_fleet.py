@@ -116,6 +116,35 @@ def test_relative_speeds_are_no_relative_times(tmp_path: Path, header: str, rows
     assert read_fleet(written(tmp_path, by_chance)).rel_time.tolist() == [1.0, 1.1, 0.97]
 
 
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [("m", ["64", "128"]), ("num_tokens", ["64", "80"]), ("gpu_name", ["H100", "A100"]), ("status", ["OK", "FAIL"])],
+)
+def test_gpus_that_were_timed_under_other_workloads_are_no_fleet(tmp_path: Path, name: str, cells: list[str]) -> None:
+    path = tmp_path / "fleet.csv"
+    path.write_text(f"gpu,time_ms,{name}\n" + "".join(f"{i},{10 + i},{cells[i // 3]}\n" for i in range(6)))
+    with pytest.raises(InputError, match=f"{name}: got {cells[0]}, {cells[1]}; rows of one workload"):
+        read_fleet(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("clocks.current.sm [MHz]", ["1980 MHz", "1965 MHz"]),
+        ("power.draw", ["301.5 W", "298.25 W"]),
+        ("power_limit_w", ["700", "400"]),
+        ("pcie.link.width.current", ["16", "8"]),
+        ("rack", ["r1", "r2"]),
+        ("driver", ["550.1", "580.2"]),
+    ],
+)
+def test_readings_beside_the_times_of_gpus_are_read_over(tmp_path: Path, name: str, cells: list[str]) -> None:
+    """As nvidia-smi writes them, with their units in the cells."""
+    path = tmp_path / "fleet.csv"
+    path.write_text(f"gpu,time_ms,{name}\n" + "".join(f"{i},{10 + i},{cells[i % 2]}\n" for i in range(5)))
+    assert read_fleet(path).rel_time.tolist() == [10 / 12, 11 / 12, 1, 13 / 12, 14 / 12]
+
+
 def test_gpus_of_several_hosts_are_told_apart(tmp_path: Path) -> None:
     fleet = read_fleet(written(tmp_path, "gpu,host,rel_time\n0,a,1\n1,a,1.1\n0,b,0.9\n"))
     assert fleet.gpus == ["a/0", "a/1", "b/0"]

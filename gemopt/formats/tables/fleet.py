@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,8 +15,11 @@ from gemopt.formats.tables.beside import MIDDLE
 from gemopt.formats.tables.columns import (
     DEVICES,
     HOSTS,
+    LOADS,
     MOMENTS,
     OF_A_DEVICE,
+    SHAPES,
+    STATES,
     STATISTICS,
     TIMES,
     is_numeric,
@@ -38,6 +42,10 @@ from gemopt.words import counted
 SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
 FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from which columns contradict each other
 SLOWEST, LARGEST_US = 1e3, 1e12  # times what another device takes
+KIND = {"name", "model", "type", "sku", "arch", "kind", "product"}
+"""Words of columns that tell, where a GPU is one of several, its kind."""
+READING = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)? ?[%a-z\u00b0\u00b5/]{0,6}", re.ASCII | re.IGNORECASE)
+"""A number, perhaps with its unit: 1980 MHz."""
 FAR = 1.5  # a median that is further from 1 is not that of relative times
 
 
@@ -126,14 +134,22 @@ def _gpus(table: Table) -> list[str]:
         (name for name in table.header if plain(name) in DEVICES), key=lambda name: plain(name) not in HOSTS
     )
     for name in table.header:
-        told = name in columns or name == "dataset" or words(name) & (OF_A_DEVICE | MOMENTS)
-        found = values(table.rows, name)
-        if not told and len(found) > 1 and not is_numeric(table.rows, name):
+        told = name in columns or name == "dataset" or words(name) & MOMENTS
+        if not told and (found := _kinds(table, name)):
             hint = "keep one of them, or call the column dataset"
             raise InputError(f"{table.path}: {name}", listed(found), "rows of one workload", hint)
     for row in table.rows:
         refuse_summaries(table, row, columns)
     return ["/".join(row.cells[name] for name in columns) or row.where.split()[-1] for row in table.rows]
+
+
+def _kinds(table: Table, name: str) -> list[str]:
+    """The workloads, or kinds of GPU, that a column tells apart by words, or by the sizes of what was timed."""
+    found = values(table.rows, name)
+    number = all(map(READING.fullmatch, filter(None, found)))
+    sizes = words(name) & ((SHAPES | LOADS) - {"per", "id", "width"}) and not words(name) & STATES
+    of_gpu = words(name) & OF_A_DEVICE and not (words(name) & KIND and 2 * len(found) <= len(table.rows))
+    return found if len(found) > 1 and (sizes if number else not of_gpu) else []
 
 
 def _option(name: str) -> str:
