@@ -11,18 +11,17 @@ each has, by their names, `step_7.npy`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import response_bodies, responses, token_passes, token_sequences
+from gemopt.formats import response_bodies, responses, token_padding, token_passes, token_sequences
 from gemopt.formats.count_names import HEEDED, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
-from gemopt.formats.findings import MANY_ALIKE
 from gemopt.formats.response_bodies import PROMPTS, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens
 from gemopt.formats.token_array_beside import check_told, refuse_apart, refuse_no_weight, refuse_others
@@ -127,7 +126,7 @@ def _responses(
             placed = ids if rows is None else _placed(ids, rows, options)
             alone = placed if placed.ndim > len("NLK") else placed[None]
             sequences += [(f"{where}: sequence {i}" if len(alone) > 1 else where, each) for i, each in enumerate(alone)]
-        notes += padding(path.name, [each for _, each in sequences])
+        notes += token_padding.of_sequences(path.name, [each for _, each in sequences])
         notes += [f"{path.name}: {len(parts)} sequences, each replayed as a request"] if len(parts) > 1 else []
         if told and len(sequences) > 1:
             raise InputError(str(path), f"{len(sequences)} sequences and one prompt", "one of each", "--phase all")
@@ -178,26 +177,6 @@ def _parts(path: Path, options: TraceOptions, notes: list[str]) -> list[token_se
     """The sequences of a file of arrays: of a list of them, or the one array, perhaps of several."""
     data, _ = _loaded(path)
     return token_sequences.in_lists(path, data) or [(str(path), *_ids(path, options, notes))]
-
-
-def padding(name: str, sequences: Iterable[IntArray]) -> list[str]:
-    """Notes where tokens at the ends of sequences [N, L, K], or where they begin, choose what those beside them did."""
-    tail = head = 0
-    for ids in sequences:
-        tail, head = tail + _tail(ids), head + _tail(ids[::-1])
-    said = [
-        (tail, f"at the ends of sequences {tail} tokens choose what the one before chose"),
-        (head, f"where sequences begin {head} tokens choose what the next one chose"),
-    ]
-    return [f"{name}: {text}: padding?" for tokens, text in said if tokens >= MANY_ALIKE]
-
-
-def _tail(ids: IntArray) -> int:
-    """Tokens at the end of a sequence [N, L, K] that have the experts of the token before, not by chance."""
-    same = (ids[1:] == ids[:-1]).all(axis=(1, 2)) & ids[1:].any(axis=(1, 2))
-    tail = int(np.logical_and.accumulate(same[::-1]).sum())
-    chance = ids.shape[1] < 2 and (tail < MANY_ALIKE or ids.shape[2] < 2)
-    return 0 if chance or ids.min(initial=0) < 0 else tail
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:

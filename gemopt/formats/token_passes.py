@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.formats import token_padding
 from gemopt.formats.count_names import numbered
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.files import whole_numbers
@@ -97,6 +98,9 @@ def counted(parts: Sequence[Part], options: TraceOptions, notes: list[str], kind
     counts = np.array([[np.bincount(ids[i, t][ids[i, t] >= 0], minlength=experts) for i in layers] for t in steps])
     if blank := sum(int((each < 0).all(axis=1).sum()) for each in ids.values()):
         notes.append(f"left out: {counting(blank, 'row')} without any expert (padding)")
+    widths = {each.shape[1] for each in ids.values()}
+    stacked = (np.stack([ids[layer, step] for layer in layers], axis=1) for step in steps)
+    notes += token_padding.of_steps("PATHS", stacked) if len(widths) == 1 else []
     used = counts.any(axis=(1, 2))
     told_k = top_k if len(sizes) == 1 else None
     return Recording(blocks=lambda: iter([counts[used]]), layer_ids=tuple(layers), top_k=told_k, notes=notes)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import token_arrays, token_sequences
+from gemopt.formats import token_arrays, token_padding, token_sequences
 from gemopt.formats.count_names import layer_doubts, phase_of
 from gemopt.formats.count_told import refuse_slots
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
@@ -240,6 +240,8 @@ def _counted(rows: Rows, layers: list[int], experts: int, top_k: int | None, not
     key = (step * len(layers) + np.searchsorted(layers, rows.layers))[row]
     order = np.argsort(step[row], kind="stable")
     cell, of_id = (key * experts + np.frombuffer(rows.ids, np.intc))[order], step[row][order]
+    if len(widths := set(rows.sizes)) == 1:
+        notes += token_padding.of_steps("PATHS", _of_steps(rows, step, widths.pop()))
     size = len(layers) * experts
     at_once = max(1, _BLOCK // size)
 
@@ -255,6 +257,17 @@ def _counted(rows: Rows, layers: list[int], experts: int, top_k: int | None, not
     return Recording(
         blocks=blocks, layer_ids=tuple(layers), top_k=top_k, phase=phase if rows.phases else None, notes=notes
     )
+
+
+def _of_steps(rows: Rows, step: IntArray, top_k: int) -> Iterator[IntArray]:
+    """The experts of the tokens [N, L, K] of each step whose layers have as many; step: that of each row."""
+    order = np.lexsort((rows.layers, step))
+    ids, layers = np.frombuffer(rows.ids, np.intc).reshape(-1, top_k)[order], np.array(rows.layers)[order]
+    starts = np.flatnonzero(np.diff(step[order])) + 1
+    for each, of in zip(np.split(ids, starts), np.split(layers, starts), strict=True):
+        sizes = np.unique(of, return_counts=True)[1]
+        if (sizes == sizes[0]).all():
+            yield each.reshape(len(sizes), sizes[0], top_k).swapaxes(0, 1)
 
 
 def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], options: TraceOptions) -> Loaded:
@@ -285,7 +298,7 @@ def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], opt
         if own[:, :, 0].size >= ENOUGH_SUMS and (known := first.setdefault(own.tobytes(), request)) != request:
             notes.append(f"{Path(request).name} has the tokens of {Path(known).name}: counted once")
             each = [other for other in each if other is not own]
-    notes += token_arrays.padding("PATHS", each)
+    notes += token_padding.of_sequences("PATHS", each)
     starts = np.cumsum([0, *map(len, each[:-1])]).tolist()
     traces = from_tokens(
         np.concatenate(each),

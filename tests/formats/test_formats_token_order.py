@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase
@@ -78,3 +79,28 @@ def test_steps_that_are_numbered_as_their_requests(load, tmp_path):
     rows[-1]["request_id"] = 7
     with pytest.raises(InputError, match="batch_id beside request_id; what the number counts"):
         load(write(tmp_path / "a.jsonl", rows), "tokens")
+
+
+def test_tokens_at_the_ends_of_steps_that_choose_what_the_one_before_did_are_named(load, folder):
+    """As those that fill a batch up to the size of its graph do; tokens that do so amid others explain few of them."""
+    random = np.random.default_rng(4)
+    steps = [random.random((int(n), 2, 16)).argsort(axis=2)[..., :2] for n in random.integers(5, 12, 12)]
+    padded = [np.concatenate([ids, np.tile(ids[-1], (3, 1, 1))]) for ids in steps]
+    mixed = [np.repeat(ids, 2, axis=0) for ids in steps]
+
+    def notes(passes, together=True):
+        rows = [
+            {"step": t, "layer": layer, "topk_ids": each.tolist()}
+            for t, ids in enumerate(passes)
+            for layer in range(2)
+            for each in (ids[None, :, layer] if together else ids[:, layer])
+        ]
+        (folder / "a.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, rows))))
+        return load(folder / "a.jsonl", "tokens", num_experts=16)[1]
+
+    told = "at the ends of steps 36 tokens choose what the one before chose: padding, as of graphs?"
+    assert told in notes(padded) and told in notes(padded, together=False)
+    assert "padding" not in notes(steps) and "padding" not in notes(mixed)
+    torch.save({layer: [torch.tensor(ids[:, layer]) for ids in padded] for layer in range(2)}, folder / "a.pt")
+    (folder / "a.jsonl").unlink()
+    assert told in load(folder / "a.pt", "tokens", num_experts=16)[1]
