@@ -11,7 +11,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, slot_maps
-from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SCORES, words_of
+from gemopt.formats.count_names import COUNTED, MEASURED, NO_COUNTS, SCORES, derived, doubt_of_counts, words_of
 from gemopt.formats.count_told import refuse_slots, says_nothing
 from gemopt.formats.engine import IntArray
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
@@ -97,7 +97,7 @@ def _pick(path: Path, data: dict[Any, Any], told: dict[str, Any], found: _Found,
     kind = kind_of(data)
     dims = {name: _ndim(each) for name, each in data.items() if words_of(name) & COUNTED}  # not num_tokens [steps]
     told_so = [name for name in dims if dims[name] == 3] or [name for name in dims if dims[name] == 2]
-    named = ["counts"] if "counts" in data else told_so
+    named = ["counts"] if "counts" in data else [name for name in told_so if not derived(name)] or told_so
     if len(named) != 1 and len(data) != 1 and kind is None:
         limit, hint = "one array, or one called counts", f"arrays of layers or steps: {NAME_THEM}"
         raise InputError(str(path), ", ".join(data)[:200] or "no array", limit, hint)
@@ -111,10 +111,10 @@ def _pick(path: Path, data: dict[Any, Any], told: dict[str, Any], found: _Found,
     if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
         hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
         raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
-    if derived := words_of(key) & DERIVED:
-        raise InputError(
-            str(path), f"an array {key}", "counts themselves", f"is {min(derived)} no word for it? rename it"
-        )
+    if word := derived(key):
+        raise InputError(str(path), f"an array {key}", "counts themselves", f"is {word} no word for it? rename it")
+    if notes is not None:
+        notes += doubt_of_counts(key)
     found.names.append(key)
     found.others = {name: each for name, each in data.items() if name not in known}
     found.experts = data.get("num_experts", found.experts)

@@ -17,7 +17,7 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_told, slot_maps
-from gemopt.formats.count_names import COUNTED, NO_COUNTS, TABLES, numbered, words_of
+from gemopt.formats.count_names import COUNTED, NO_COUNTS, TABLES, derived, doubt_of_counts, numbered, words_of
 from gemopt.formats.count_spread import Content, Rows, by_key, compact, is_whole, ndim, refuse_derived, spread
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, inside, parsed
@@ -207,6 +207,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     """The key with lists or objects of counts; None where all cells are plain. What else is nested is left unread."""
     nested = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], (list, dict))))
     counts = [key for key in nested if words_of(key) & COUNTED and not COPIES.search(key)]
+    counts = [key for key in counts if not derived(key)] or counts
     counts = [key for key in counts if "logical" in words_of(key)] or _deepest(rows, counts)
     counts = counts or [key for key in nested if words_of(key) <= {"expert", "experts"} and by_key(rows, key)]
     logical = bool(counts) and "logical" in words_of(counts[0])
@@ -229,6 +230,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
         hint = f"does {which} say whose they are? then write all; else leave it out"
         raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
     refuse_derived(path, counts[0])
+    told.notes += doubt_of_counts(counts[0])
     told.unread += lists
     told.beside |= {key: rows[0][key] for key in lists} if len(rows) == 1 else {}
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:

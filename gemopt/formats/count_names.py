@@ -80,6 +80,7 @@ MEASURED = {
 }
 NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
 DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
+_FIRST = re.compile(r"top_?\d", re.IGNORECASE)
 _FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
 _SHARE = re.compile(r"\d*\.\d+(?:[eE][+-]?\d+)?|\d+(?:\.\d+)? ?%", re.ASCII)
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
@@ -92,7 +93,19 @@ FRACTIONS = SHARES | {"frequency", "frequencies", "freq", "probability", "propor
 DERIVED = SHARES | {  # that name what was made of counts
     *("mean", "means", "avg", "average", "averages", "ema", "median", "std", "normalized", "normalised"),
     *("cumulative", "cumsum"),
+    *("dropped", "overflow", "skipped", "miss", "misses", "evicted", "prefetched", "predicted", "forecast", "expected"),
+    *("target", "capacity", "max", "min", "padded"),
 }
+UNDERSTOOD = COUNTED | COUNTING | FRACTIONS | {
+    "", "expert", "experts", "moe", "layer", "layers", "step", "steps", "pass", "iter", "num", "n", "number", "per",
+    "of", "by", "in", "for", "and", "all", "global", "logical", "routed", "routing", "router", "route", "gate", "token",
+    "assignment", "activation", "activations", "activated", "selection", "selections", "selected", "choice", "choices",
+    "chosen", "usage", "used", "use", "hit", "hist", "histogram", "histograms", "histories", "history", "distribution",
+    "dist", "stat", "stats", "statistics", "record", "records", "recorded", "topk", "k", "top", "array", "data",
+    "matrix", "tensor", "values", "value", "e", "l", "t", "le", "tle", "table", "window", "raw", "model", "mlp",
+    "ffn", "block", "blk", "feed", "forward", "sparse", "language", "decoder", "prefill", "decode",
+}  # fmt: skip
+"""Words of names that leave no doubt, with all others known, that they hold the assignments of experts."""
 
 
 def sure(names: Iterable[str]) -> list[str]:
@@ -142,6 +155,18 @@ def numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
     found = next((TABLES[name] for name in names if name in TABLES), "")
     known = (found in ("layer", "expert", "step", "rank") and not DRAFTS & set(names)) if names else True
     return (found, [int(part[2]) for part in parts if part]) if known else None
+
+
+def derived(name: str) -> str:
+    """The word of a name that says that it holds what was made of counts, or some of them alone; else nothing."""
+    first = _FIRST.search(name)
+    return first[0] if first else min(words_of(name) & DERIVED, default="")
+
+
+def doubt_of_counts(name: str) -> list[str]:
+    """The note on counts whose name says more than is understood: `remote_counts`."""
+    whole = words_of(name) <= UNDERSTOOD
+    return [] if whole else [f"{name} taken for the assignments of experts: is it all of them?"]
 
 
 def is_result(name: str, first: str, text: str, has_steps: bool) -> bool:

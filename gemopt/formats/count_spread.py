@@ -13,12 +13,12 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.count_names import (
     COLUMNS,
-    DERIVED,
     PERHAPS,
     SIZES,
     TABLES,
     TIMES,
     WEIGHTS,
+    derived,
     numbered,
     phase_of,
     sure,
@@ -57,8 +57,8 @@ def compact(array: Any) -> Any:
 
 def refuse_derived(path: Path, name: str) -> None:
     """Raise for what was made of counts, by its name."""
-    if derived := words_of(name) & DERIVED:
-        raise InputError(str(path), name, "counts themselves", f"is {min(derived)} no word for it? rename it")
+    if word := derived(name):
+        raise InputError(str(path), name, "counts themselves", f"is {word} no word for it? rename it")
 
 
 def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:

@@ -1,0 +1,45 @@
+"""Arrays and lists whose names say that they hold some assignments alone, or something else than assignments."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from gemopt.exceptions import InputError
+
+COUNTS = np.random.default_rng(5).multinomial(60, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05], size=(6, 2))
+FIRST = COUNTS // 2
+
+
+def written(folder, kind, **arrays):
+    """The counts as arrays of a file, or as lists in the rows of one."""
+    if kind == "array":
+        np.savez(folder / "a.npz", **arrays)
+        return folder / "a.npz"
+    rows = [
+        {"step": t, "layer": layer, **{name: each[t, layer].tolist() for name, each in arrays.items()}}
+        for t in range(len(COUNTS))
+        for layer in range(COUNTS.shape[1])
+    ]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["array", "csv"])
+@pytest.mark.parametrize("name", ["top1_counts", "dropped_counts", "cache_miss_counts", "max_load", "predicted_load"])
+def test_what_is_derived_from_counts_is_refused_alone_and_left_unread_beside_them(load, tmp_path, kind, name):
+    with pytest.raises(InputError, match=f"{name}.*; counts themselves; is .* no word for it\\? rename it"):
+        load(written(tmp_path, kind, **{name: FIRST}), kind)
+    traces, notes = load(written(tmp_path, kind, **{name: FIRST, "expert_counts": COUNTS}), kind)
+    assert (traces.counts == COUNTS).all() and f"{name} left unread" in notes
+
+
+@pytest.mark.parametrize("kind", ["array", "csv"])
+def test_counts_whose_name_says_more_are_doubted(load, tmp_path, kind):
+    traces, notes = load(written(tmp_path, kind, remote_counts=COUNTS), kind)
+    assert (traces.counts == COUNTS).all()
+    assert "remote_counts taken for the assignments of experts: is it all of them?" in notes
+    for name in ("counts", "expert_counts", "tokens_per_expert", "topk_counts", "moe_layer_expert_load"):
+        assert "all of them" not in load(written(tmp_path, kind, **{name: COUNTS}), kind)[1]
