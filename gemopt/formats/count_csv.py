@@ -9,7 +9,7 @@ lines is refused: it might be what the counts must be split by. Tables may be gz
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,9 @@ class _Table:
     phase: str = ""
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
-    results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
+    results: set[str] = field(
+        default_factory=set
+    )  # columns with times, results and names of layers, which tell no lines apart
     phases: dict[int, Phase] = field(default_factory=dict)  # of the steps
     index: dict[int, tuple[int, int]] = field(default_factory=dict)  # last line and its number, by column INDEX
 
@@ -132,7 +134,7 @@ def _unread(tables: list[_Table], others: dict[str, str]) -> list[str]:
     phases = sorted({table.phase for table in tables} - {""})
     known = [*results, *(phases if True in told else ())]
     said = (
-        ("times and results", results),
+        ("times, results and names", results),
         ("columns that say the same in all lines", [n for n in others if n not in known and n not in HEEDED]),
         ("columns that some tables lack", phases if len(told) > 1 else ()),
     )
@@ -268,7 +270,8 @@ def _add(
                 continue
             table.index[i] = 0, COUNT_LIMIT
         if i not in used and (first := others.setdefault(header[i], text)) != text:
-            if is_result(header[i], first, text, table.has_steps):
+            own = (row[columns[meaning]] for meaning in ("layer", "expert") if meaning in columns)
+            if is_result(header[i], first, text, table.has_steps) or _names(first, text, own):
                 table.results.add(header[i])
                 continue
             raise InputError(
@@ -307,6 +310,14 @@ def _add(
         hint = hint or "of several steps? number them in a column step"
         raise InputError(where, ",".join(row)[:200], "each layer and expert once", hint)
     counts[key] = value["count"]
+
+
+def _names(first: str, text: str, own: Iterable[str]) -> bool:
+    """Whether a text is the first one but for numbers that are those of its own layer or expert: `blk.3.ffn_gate`."""
+    around, words = (re.split(r"(\d+)", each) for each in (first, text))
+    numbers = {number for each in own for number in re.findall(r"\d+", each)}
+    named = all(one in (other, *numbers) for one, other in zip(words[1::2], around[1::2], strict=False))
+    return any(map(str.isalpha, text)) and words[::2] == around[::2] and named
 
 
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:

@@ -43,3 +43,20 @@ def test_counts_whose_name_says_more_are_doubted(load, tmp_path, kind):
     assert "remote_counts taken for the assignments of experts: is it all of them?" in notes
     for name in ("counts", "expert_counts", "tokens_per_expert", "topk_counts", "moe_layer_expert_load"):
         assert "all of them" not in load(written(tmp_path, kind, **{name: COUNTS}), kind)[1]
+
+
+@pytest.mark.parametrize("name", ["model.layers.{layer}.mlp.experts.{expert}", "blk.{layer}.ffn_gate_exps.weight"])
+def test_columns_that_name_the_layer_and_expert_of_their_line_are_left_unread(load, tmp_path, name):
+    def table(name):
+        lines = [
+            f"{t},{layer + 3},{expert},{COUNTS[t, layer, expert]},{name.format(layer=layer + 3, expert=expert)}"
+            for t, layer, expert in np.ndindex(COUNTS.shape)
+        ]
+        (tmp_path / "a.csv").write_text("\n".join(["step,layer_id,expert_id,count,tensor", *lines]))
+        return load(tmp_path / "a.csv", "csv")
+
+    traces, notes = table(name)
+    assert (traces.counts == COUNTS).all() and "times, results and names are left unread: tensor" in notes
+    for other in ("blk.2{layer}.ffn_gate", "experts.{expert}7"):  # another layer, other experts
+        with pytest.raises(InputError, match=r"tensor: got .* gemopt does not know the column"):
+            table(other)
