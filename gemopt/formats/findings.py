@@ -286,6 +286,14 @@ def made_up(same_LE: IntArray, load_LE: IntArray) -> bool:
     return bool((2 * chosen_L < rest_LE.sum(axis=1)).any())  # else many tokens choose them anyway
 
 
+def fewer(sizes: IntArray) -> list[str]:
+    """The note on tokens that name fewer experts in a layer than others do; sizes: how many each does, 0 for none."""
+    most = int(sizes.max(initial=0))
+    few = int(((sizes > 0) & (sizes < most)).sum())
+    told = f"{few} of {len(sizes)} choices of tokens in a layer are of fewer than {most} experts"
+    return [f"{told}: dropped, cut, or chosen so?"] if few else []
+
+
 def fullest(counts: IntArray, total_TL: IntArray) -> list[str]:
     """The note on counts [T, L, E] of as many experts in all layers and steps, whose sums differ: the fullest ones."""
     used = set(np.count_nonzero(counts[:LOOKED_AT], axis=2).ravel().tolist()) - {0}

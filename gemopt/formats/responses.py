@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
-from gemopt.formats.findings import experts_of, ranges
+from gemopt.formats.findings import experts_of, fewer, ranges
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import (
@@ -92,7 +92,7 @@ def replayed(
         refuse_split(pieces)
     layers = moe_layers(pieces, options)
     ids = np.concatenate([narrowed("PATHS", piece[:, layers]) for piece in pieces])
-    notes = [*skipped(), *kept.notes(layers)]
+    notes = [*skipped(), *kept.notes(layers), *fewer((ids >= 0).sum(axis=2, dtype=np.int16).reshape(-1))]
     if len(pieces) == 1 and phase is not Phase.PREFILL and len(ids) > 1:
         notes.append("a single sequence: every step is of one token, which tells nothing of batches")
     if ids.shape[2] == 1:

@@ -16,7 +16,7 @@ from gemopt.formats import token_padding
 from gemopt.formats.count_names import numbered
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.files import whole_numbers
-from gemopt.formats.findings import experts_of
+from gemopt.formats.findings import experts_of, fewer
 from gemopt.traces import Phase
 from gemopt.traces.arrays import MAX_EXPERTS
 from gemopt.words import counted as counting
@@ -90,7 +90,8 @@ def counted(parts: Sequence[Part], options: TraceOptions, notes: list[str], kind
     if not chosen:
         raise InputError("PATHS", "no expert", "experts of tokens")
     experts = experts_of("PATHS: experts", chosen, options.num_experts, notes)
-    sizes = {int(size) for each in ids.values() for size in np.unique((each >= 0).sum(axis=1))} - {0}
+    each_size = np.concatenate([(each >= 0).sum(axis=1) for each in ids.values()])
+    sizes = {*each_size.tolist()} - {0}
     if (top_k := max(sizes)) >= experts:
         raise InputError("PATHS: experts", f"all {experts} of a token", "those that it chose")
     if options.top_k not in (None, top_k):
@@ -98,6 +99,7 @@ def counted(parts: Sequence[Part], options: TraceOptions, notes: list[str], kind
     counts = np.array([[np.bincount(ids[i, t][ids[i, t] >= 0], minlength=experts) for i in layers] for t in steps])
     if blank := sum(int((each < 0).all(axis=1).sum()) for each in ids.values()):
         notes.append(f"left out: {counting(blank, 'row')} without any expert (padding)")
+    notes += fewer(each_size)
     widths = {each.shape[1] for each in ids.values()}
     stacked = (np.stack([ids[layer, step] for layer in layers], axis=1) for step in steps)
     notes += token_padding.of_steps("PATHS", stacked) if len(widths) == 1 else []

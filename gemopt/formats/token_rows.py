@@ -20,7 +20,7 @@ from gemopt.formats import token_arrays, token_padding, token_sequences
 from gemopt.formats.count_names import layer_doubts, phase_of
 from gemopt.formats.count_told import refuse_slots
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.findings import experts_of
+from gemopt.formats.findings import experts_of, fewer
 from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.formats.token_beside import Beside
@@ -73,6 +73,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
         raise InputError("PATHS: experts", f"all {experts} of every token", "those that it chose", hint)
     elif top_k not in (None, max(sizes)):
         raise InputError("PATHS: experts", f"{max(sizes)} of a token", f"{top_k}, as top_k says")
+    notes += fewer(np.array(sizes))
     top_k = sizes[0] if len(set(sizes)) == 1 else top_k
     if rows.by_step:
         return _counted(rows, layers, experts, top_k, notes)

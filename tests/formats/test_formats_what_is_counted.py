@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemopt.exceptions import InputError
+from gemopt.traces import Phase
 
 COUNTS = np.random.default_rng(5).multinomial(60, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05], size=(6, 2))
 FIRST = COUNTS // 2
@@ -60,3 +61,22 @@ def test_columns_that_name_the_layer_and_expert_of_their_line_are_left_unread(lo
     for other in ("blk.2{layer}.ffn_gate", "experts.{expert}7"):  # another layer, other experts
         with pytest.raises(InputError, match=r"tensor: got .* gemopt does not know the column"):
             table(other)
+
+
+@pytest.mark.parametrize("kind", ["rows", "arrays"])
+def test_tokens_that_name_fewer_experts_than_others_are_noted(load, tmp_path, kind):
+    """As where those beyond the capacity of an expert were dropped, or lists were cut."""
+    ids = np.random.default_rng(6).random((20, 2, 16)).argsort(axis=2)[..., :3]
+    for few in (0, 7):
+        ids[:few, :, 2] = -1
+        if kind == "rows":
+            rows = [{"step": 0, "layer": i, "topk_ids": ids[:, i].tolist()} for i in range(2)]
+            (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            traces, notes = load(tmp_path / "a.jsonl", "tokens", num_experts=16)
+        else:
+            np.save(tmp_path / "a.npy", ids)
+            told = {"num_hidden_layers": 2, "num_experts": 16, "phase": Phase.MIXED}
+            traces, notes = load(tmp_path / "a.npy", "tokens", **told)
+        assert int(traces.counts.sum()) == 120 - 2 * few
+        said = f"{2 * few} of 40 choices of tokens in a layer are of fewer than 3 experts: dropped, cut, or chosen so?"
+        assert (said in notes) == (few > 0)
