@@ -77,3 +77,48 @@ def test_a_run_that_is_slower_under_every_load_is_named(tmp_path: Path) -> None:
     assert repeated(tmp_path, "batch_kind", slower, "batch_kind") == [f"batch_kind{said}"]
     assert repeated(tmp_path, "run", {"0": [1.0, 1.2, 1.0, 1.2], "1": [1.2, 1.0, 1.2, 1.0]}) == []
     assert repeated(tmp_path, "run", {"0": [1.0] * 4, "1": [1.05] * 4, "2": [1.02] * 4}) == []
+
+
+def test_times_that_were_rounded_are_named(tmp_path: Path) -> None:
+    """As milliseconds with two decimals."""
+    for times, said in (
+        (
+            (0.03, 0.03, 0.03, 0.05),
+            ["times are multiples of 10 us, and the shortest is 30: rounded? write more digits"],
+        ),
+        ((0.031, 0.031, 0.034, 0.052), []),
+        ((0.03, 0.04, 0.05, 0.07), []),  # no two are alike
+    ):
+        notes: list[str] = []
+        rows = "".join(f"{n},{ms}\n" for n, ms in zip(NS, times, strict=True))
+        read_table(written(tmp_path, f"assignments,time_ms\n{rows}"), notes=notes)
+        assert notes == said
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "said"),
+    [
+        ("max_tokens_rank", 14, "max_tokens_rank is 1.4 times an even share of num_tokens: were ranks given more"),
+        ("tokens_per_rank", 10, ""),
+        ("max_tokens_rank", 10.5, ""),
+    ],
+)
+def test_tokens_of_a_rank_beside_those_of_the_group_may_be_more(
+    tmp_path: Path, name: str, share: float, said: str
+) -> None:
+    rows = "".join(f"{80 * n},{int(share * n)},{50 + n}\n" for n in (2, 4, 8, 16))
+    notes: list[str] = []
+    path = written(tmp_path, f"num_tokens,{name},time_us\n{rows}")
+    read_table(path, unit=Unit.GROUP_TOKENS, top_k=4, ep=8, notes=notes)
+    assert [each.startswith(said) for each in notes] == ([True] if said else [])
+
+
+def test_ranks_by_two_numbers_are_refused_where_these_differ(tmp_path: Path) -> None:
+    def path(ep_rank: str) -> Path:
+        rows = "".join(f"{r},{ep_rank[r]},{n},{50 + n + 9 * r}\n" for r in range(2) for n in NS)
+        return written(tmp_path, f"rank,ep_rank,assignments,time_us\n{rows}")
+
+    with pytest.raises(InputError, match=r"got rank 0 beside ep_rank 1; .* --device-column ep_rank"):
+        read_table(path("10"))
+    assert loads(read_table(path("10"), device=["ep_rank"]))[0] == (1, None, 60.0)
+    assert loads(read_table(path("01")))[0] == (1, None, 51.0)

@@ -38,6 +38,11 @@ def device_columns(table: Table, asked: Sequence[str], others: Sequence[str] = (
         return [known(table, column, "--device-column") for column in asked]
     named = [name for name in table.header if plain(name) in DEVICES and name not in others]
     ranks = [name for name in named if plain(name) in RANKS]
+    for row in table.rows:
+        if len({row.cells[name] for name in ranks}) > 1:
+            found = " beside ".join(f"{name} {row.cells[name]}" for name in ranks)
+            hint = f"say which is that of the experts: --device-column {ranks[-1]}"
+            raise InputError(f"{table.path} {row.where}", found, "one number of a rank", hint)
     if ranks:
         return ranks[:1]
     for row in table.rows[:1]:

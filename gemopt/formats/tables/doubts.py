@@ -17,6 +17,7 @@ APART = 4.0  # times what another device takes
 DIGITS, COPIES = 5, 3
 TICK_US = 0.032  # events of CUDA count in these, or in 1.024 us
 STEADY = 1.1  # times what another repeat takes, under every load: not by chance
+ROUGH, EXACT = 0.1, 1e-6  # of the shortest time; of a multiple
 SHORT = 4  # times as far as another device was measured
 
 
@@ -25,7 +26,7 @@ def doubts(profile: Profile, *, numbered: bool) -> list[str]:
 
     numbered: a column numbers repeats, or was said to; rows of one load that nothing tells apart are named else.
     """
-    asked = (unit_doubt, _disagreeing, *(() if numbered else (_merged,)), _copied, _slow, apart, _short)
+    asked = (unit_doubt, _disagreeing, *(() if numbered else (_merged,)), _copied, _rounded, _slow, apart, _short)
     return [found for ask in asked if (found := ask(profile))]
 
 
@@ -84,6 +85,19 @@ def _copied(profile: Profile) -> str:
                 few = f"{len(loads)} loads from {min(loads)} to {max(loads)}"
                 return f"{few} take exactly {told} us: copied, not measured?"
     return ""
+
+
+def _rounded(profile: Profile) -> str:
+    """The times that are multiples of a power of ten of microseconds, which is much of the shortest."""
+    each = [[sample.latency_us for sample in device.samples if sample.assignments] for device in profile.devices]
+    if all(len(set(times)) == len(times) for times in each):
+        return ""
+    times = sorted({time for times in each for time in times})
+    unit = 10.0 ** np.ceil(np.log10(times[0]))
+    while abs(np.array(times) / unit - np.rint(np.array(times) / unit)).max() > EXACT and unit > ROUGH * times[0]:
+        unit /= 10
+    told = f"times are multiples of {unit:g} us, and the shortest is {times[0]:g}: rounded? write more digits"
+    return told if unit > ROUGH * times[0] else ""
 
 
 def _slow(profile: Profile) -> str:

@@ -291,7 +291,7 @@ def _beside(reader: _Reader, layout: Layout | None, counted: Unit, top_k: int | 
     if reader.active is not None and of_group:
         found.append(f"{reader.active} taken for those of one rank, not of the group")
     found += shared_experts(table, top_k) if counted is not Unit.ASSIGNMENTS else []
-    return found if layout else [*found, *doubts_of_load(table, reader.load, counted)]
+    return found if layout else [*found, *doubts_of_load(table, reader.load, counted, (top_k or 1) / reader.factor)]
 
 
 def _check_assignments(reader: _Reader) -> None:

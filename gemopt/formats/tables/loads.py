@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from statistics import median
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.beside import NO
@@ -22,6 +23,7 @@ ACTIVE = re.compile(
     r"(?:(?:num|n)_)?(?:(?:active|activated|unique|distinct|hit|used|touched)_experts|experts_(?:active|activated|hit|used))"
 )
 EP = re.compile(r"(?:moe_|num_|n_)?(?:ep|expert_(?:model_)?parallel(?:ism)?)(?:_(?:size|degree|world_size|ranks))?")
+UNEVEN = 0.1  # how far tokens of a rank may be from an even share
 LARGEST_LOAD = 2.0**31 - 1  # as in a profile
 BATCHES = {"batch", "bs", "seqs", "sequences", "requests", "concurrency", "users"}
 SEQUENCES = {"seq", "sequence", "request", "prompt", "input", "query", "q"}
@@ -147,11 +149,16 @@ def _is_length(name: str) -> bool:
     return plain(name) in ONE_WORD or bool(of_each and (counted or parts & DRAFTS)) or "seqlen" in parts
 
 
-def doubts_of_load(table: Table, load: str, unit: Unit) -> list[str]:
-    """Sentences on columns that say that the load counts something else, though it was said what it counts."""
+def doubts_of_load(table: Table, load: str, unit: Unit, ranks: float) -> list[str]:
+    """Sentences on columns that say that the load counts something else, though it was said what it counts.
+
+    ranks: how many the tokens of a group are taken to be spread over evenly.
+    """
     notes = [f"beside {each}: does {load} count all tokens?" for each in _factors(table, load)[:1]]
     if unit is not Unit.GROUP_TOKENS and (shared := _ranks(table, load)):
         notes.append(f"{load} is {shared}: are they those of the whole group? then --unit group-tokens")
+    for name, share in _shares(table, load, ranks) if unit is Unit.GROUP_TOKENS else ():
+        notes.append(f"{name} is {share:.3g} times an even share of {load}: were ranks given more than others?")
     for name, times in _wholes(table, load):
         notes.append(f"{name} is {times} times {load}: is {load} that of one expert, or of one rank?")
     if words(load) & {"m", "rows"}:
@@ -166,6 +173,20 @@ def _ranks(table: Table, load: str) -> str:
     """`8 times num_tokens_per_rank`, where a column counts the tokens of each rank, and the load those of several."""
     own = [each for each in table.header if each != load and _of_one_rank(each) and "tokens" in words(each)]
     return next((f"{times} times {name}" for name in own if (times := _times(table, load, name))), "")
+
+
+def _shares(table: Table, load: str, ranks: float) -> list[tuple[str, float]]:
+    """Columns with the tokens of one rank, and how many times those of a group's load over its ranks they usually are.
+
+    Only those that are more than a tenth off.
+    """
+    found = []
+    for name in (each for each in table.header if words(each) & ONE_RANK and "tokens" in words(each) and each != load):
+        pairs = [(row.cells[name], row.cells[load]) for row in table.rows]
+        if all(own.isdecimal() and each.isdecimal() for own, each in pairs):
+            share = median([int(own) * ranks / max(int(each), 1) for own, each in pairs])
+            found += [(name, share)] if abs(share - 1) > UNEVEN else []
+    return found
 
 
 def _wholes(table: Table, load: str) -> list[tuple[str, str]]:
