@@ -262,8 +262,9 @@ def _counted(rows: Rows, layers: list[int], experts: int, top_k: int | None, not
 
 def _of_steps(rows: Rows, step: IntArray, top_k: int) -> Iterator[IntArray]:
     """The experts of the tokens [N, L, K] of each step whose layers have as many; step: that of each row."""
-    order = np.lexsort((rows.layers, step))
-    ids, layers = np.frombuffer(rows.ids, np.intc).reshape(-1, top_k)[order], np.array(rows.layers)[order]
+    layers = np.array(rows.layers)
+    order = np.lexsort((layers, step))
+    ids, layers = np.frombuffer(rows.ids, np.intc).reshape(-1, top_k)[order], layers[order]
     starts = np.flatnonzero(np.diff(step[order])) + 1
     for each, of in zip(np.split(ids, starts), np.split(layers, starts), strict=True):
         sizes = np.unique(of, return_counts=True)[1]
