@@ -113,6 +113,19 @@ def test_parquet_reads_as_csv_does(tmp_path: Path) -> None:
     assert again.within_node == read_links(NCCL, where=ALLTOALL).within_node
 
 
+def test_failed_and_computed_exchanges_are_refused(tmp_path: Path) -> None:
+    def again(name: str, cell: str) -> str:
+        lines = [line for line in Path(NCCL).read_text().splitlines() if line]
+        (tmp_path / "nccl.csv").write_text("\n".join([f"{lines[0]},{name}", *(f"{each},{cell}" for each in lines[1:])]))
+        return str(tmp_path / "nccl.csv")
+
+    for name, cell, said in (("status", "failed", "runs that went well"), ("estimated", "True", "were measured")):
+        with pytest.raises(InputError, match=f"{name}: got {cell}; .*{said}.*leave"):
+            read_links(again(name, cell), where=ALLTOALL)
+    first = read_links(NCCL, where=ALLTOALL).within_node
+    assert read_links(again("status", "ok"), where=ALLTOALL).within_node == first
+
+
 def test_an_outlier_does_not_lift_what_follows() -> None:
     assert rising([(1, 90.0), (2, 10.0), (4, 11.0), (8, 12.0)], "t") == [(1, 11.0), (2, 11.0), (4, 11.0), (8, 12.0)]
     points = [(float(n), float(t)) for n, t in enumerate(np.random.default_rng(1).integers(1, 50, 30))]

@@ -21,7 +21,8 @@ from statistics import median
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.columns import chosen_rows, refuse_mixtures
+from gemopt.formats.tables.beside import refuse_no_measurements
+from gemopt.formats.tables.columns import chosen_rows, plain, refuse_mixtures
 from gemopt.formats.tables.files import Row, Table, number, whole
 from gemopt.formats.tables.notations import read
 from gemopt.topology import Level, Topology, load
@@ -185,6 +186,7 @@ def from_table(
         raise InputError(str(path), f"columns {', '.join(full.header)}", limit, hint)
     rows, load_column = layout.rows(full), layout.load
     table = chosen_rows(Table(full.path, list(rows[0].cells), rows), where)
+    refuse_no_measurements(table, (), [text.partition("=")[0].strip() for text in where], "leave the column out")
     loads = [number(table, row, load_column, largest=LARGEST) for row in table.rows]
     refuse_mixtures(
         [table],
@@ -238,7 +240,7 @@ def _buffers(
     for option, value in (("--token-bytes", token_bytes), ("--once-per", once_per)):
         if value is not None:
             raise InputError(option, value, "NCCL's tables know no tokens", "leave it out")
-    if cells["op_name"] != "alltoall":
+    if plain(cells["op_name"]).replace("_", "") != "alltoall":
         raise InputError(
             f"{table.path}, op_name", cells["op_name"], "dispatch is an alltoall", "--where op_name=alltoall"
         )

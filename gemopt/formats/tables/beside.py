@@ -118,17 +118,20 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
                 raise InputError(f"{table.path} {row.where}, {name}", told, "a time", "choose rows with --where")
 
 
-def refuse_no_measurements(table: Table, read_over: Collection[str], chosen: Collection[str]) -> None:
+def refuse_no_measurements(
+    table: Table, read_over: Collection[str], chosen: Collection[str], way_out: str = "--repeat-column '{0}'"
+) -> None:
     """Raise where a column says that a run failed, or that times were computed, or are the longest of their load.
 
-    chosen: columns of which `--where` took one of several values; that may be the longest, too.
+    chosen: columns of which `--where` took one of several values; that may be the longest, too. way_out: where a column
+    says something else.
     """
-    _refuse_failed(table, read_over)
-    _refuse_computed(table, read_over)
-    _refuse_extremes(table, {*read_over, *chosen})
+    _refuse_failed(table, read_over, way_out)
+    _refuse_computed(table, read_over, way_out)
+    _refuse_extremes(table, {*read_over, *chosen}, way_out)
 
 
-def _refuse_failed(table: Table, read_over: Collection[str]) -> None:
+def _refuse_failed(table: Table, read_over: Collection[str], way_out: str) -> None:
     for name in (each for each in table.header if each not in read_over):
         if plain(name) == "pass" and set(filter(str.isdigit, values(table.rows, name))) - {"0", "1"}:
             continue  # passes that are numbered
@@ -136,7 +139,7 @@ def _refuse_failed(table: Table, read_over: Collection[str]) -> None:
         if row is not None:
             well = next((value for value in values(table.rows, name) if not _failed(plain(name), value)), None)
             choice = "leave such rows out" if well is None else f"--where '{name}={well}'"
-            hint = f"{choice}; if {name} says something else: --repeat-column '{name}'"
+            hint = f"{choice}; if {name} says something else: {way_out.format(name)}"
             raise InputError(f"{table.path} {row.where}, {name}", row.cells[name], "rows of runs that went well", hint)
 
 
@@ -153,7 +156,7 @@ def _failed(column: str, cell: str) -> bool:
     return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not MEASURED.fullmatch(told))
 
 
-def _refuse_computed(table: Table, read_over: Collection[str]) -> None:
+def _refuse_computed(table: Table, read_over: Collection[str], way_out: str) -> None:
     for name in (each for each in table.header if each not in read_over):
         found = values(table.rows, name)
         if plain(name) in ORIGINS:
@@ -162,11 +165,11 @@ def _refuse_computed(table: Table, read_over: Collection[str]) -> None:
             computed = [each for each in found if words(name) & COMPUTED and each.lower() in YES]
         if computed:
             others = [value for value in found if value not in computed]
-            hint = f"--where '{name}={others[0]}'" if others else f"if they were: --repeat-column '{name}'"
+            hint = f"--where '{name}={others[0]}'" if others else f"if they were: {way_out.format(name)}"
             raise InputError(f"{table.path}, {name}", listed(computed), "times that were measured", hint)
 
 
-def _refuse_extremes(table: Table, read_over: Collection[str]) -> None:
+def _refuse_extremes(table: Table, read_over: Collection[str], way_out: str) -> None:
     for name in (each for each in table.header if plain(each) in SUMMARIES and each not in read_over):
         found = values(table.rows, name)
         quantiles = plain(name) not in METRICS and is_numeric(table.rows, name)
@@ -174,7 +177,7 @@ def _refuse_extremes(table: Table, read_over: Collection[str]) -> None:
         extremes = [value for value in found if value not in middle and (quantiles or words(value) & STATISTICS)]
         if extremes:
             choice = f"--where '{name}={middle[0]}'; " if middle else ""
-            hint = f"{choice}to take them all the same: --repeat-column '{name}'"
+            hint = f"{choice}to take them all the same: {way_out.format(name)}"
             raise InputError(f"{table.path}, {name}", listed(extremes), "the median or mean of repeats", hint)
 
 
