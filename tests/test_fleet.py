@@ -118,12 +118,25 @@ def test_relative_speeds_are_no_relative_times(tmp_path: Path, header: str, rows
 
 @pytest.mark.parametrize(
     ("name", "cells"),
-    [("m", ["64", "128"]), ("num_tokens", ["64", "80"]), ("gpu_name", ["H100", "A100"]), ("status", ["OK", "FAIL"])],
+    [
+        ("m", ["64", "128"]),
+        ("num_tokens", ["64", "80"]),
+        ("gpu_name", ["H100", "A100"]),
+        ("precision", ["bf16", "fp8"]),
+    ],
 )
 def test_gpus_that_were_timed_under_other_workloads_are_no_fleet(tmp_path: Path, name: str, cells: list[str]) -> None:
     path = tmp_path / "fleet.csv"
     path.write_text(f"gpu,time_ms,{name}\n" + "".join(f"{i},{10 + i},{cells[i // 3]}\n" for i in range(6)))
     with pytest.raises(InputError, match=f"{name}: got {cells[0]}, {cells[1]}; rows of one workload"):
+        read_fleet(path)
+
+
+@pytest.mark.parametrize(("name", "cell"), [("is_valid", "0"), ("statistic", "max"), ("estimated", "yes")])
+def test_gpus_whose_times_are_none_are_no_fleet(tmp_path: Path, name: str, cell: str) -> None:
+    path = tmp_path / "fleet.csv"
+    path.write_text(f"gpu,time_ms,{name}\n" + "".join(f"{i},{10 + i},{cell}\n" for i in range(5)))
+    with pytest.raises(InputError, match=f"{name}: got {cell}; .*leave the column out"):
         read_fleet(path)
 
 

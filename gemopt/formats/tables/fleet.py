@@ -11,7 +11,7 @@ import numpy as np
 
 from gemopt.costs import roofline
 from gemopt.exceptions import ABOVE_0, InputError, check_number
-from gemopt.formats.tables.beside import MIDDLE
+from gemopt.formats.tables.beside import MIDDLE, refuse_no_measurements
 from gemopt.formats.tables.columns import (
     DEVICES,
     HOSTS,
@@ -89,8 +89,10 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
     if not 1 / FAR < np.median(rel_time) < FAR:
         found = f"times around {np.median(rel_time):g}"
         raise InputError(f"{path}: rel_time", found, "about 1, the fleet's median", "divide them by their median")
-    _refuse_speeds(Table(table.path, table.header, kept), column, rel_time)
-    gpus = _gpus(Table(table.path, table.header, kept))
+    rows = Table(table.path, table.header, kept)
+    refuse_no_measurements(rows, (), (), "leave the column out")
+    _refuse_speeds(rows, column, rel_time)
+    gpus = _gpus(rows)
     twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
     if twice is not None:
         raise InputError(f"{path}: gpu", f"{twice} twice", "a row for each GPU", "keep one workload, or the median")
