@@ -14,6 +14,7 @@ import gemopt
 from gemopt.evaluate import objective
 from gemopt.exceptions import InputError, SolverError, UnsupportedError
 from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.links import Exchange
 from gemopt.placement import EMPTY, Placement
 from gemopt.problem import Problem
 from gemopt.profile import Device, MoeShape, Profile, Sample
@@ -56,6 +57,19 @@ def test_result_says_what_is_known() -> None:
     assert [layer.layer_id for layer in result.per_layer] == [0, 1, 2]
     assert result.history[-1].objective_us == pytest.approx(result.objective_us)
     assert "at most" in result.summary()
+
+
+@pytest.mark.parametrize("topology", [None, "2x2-ib400"])
+@pytest.mark.parametrize("solver", ["linear", "lpt", "conflict", "gem", "local-search"])
+def test_history_ends_with_the_answer(solver: str, topology: str | None) -> None:
+    """Of solvers that make one placement, or heed no links, that is all of it."""
+    given = profile([1, 1.1, 1.2, 0.9]), traces()
+    exchange = None if topology is None else Exchange(dispatch_bytes=20, combine_bytes=40, once_per="assignment")
+    found = gemopt.solve(*given, solver=solver, patience=1, topology=topology, exchange=exchange)
+    assert found.history[-1].objective_us == pytest.approx(found.total_us)
+    assert found.history[-1].seconds <= found.seconds
+    values = [point.objective_us for point in found.history]
+    assert values == sorted(values, reverse=True)
 
 
 def test_one_rank_and_one_expert_are_proven_at_once() -> None:

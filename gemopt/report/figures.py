@@ -153,7 +153,7 @@ def search(inputs: Inputs) -> Section:
     if result is None or not result.history:
         why = "A placement file does not hold the search that found it: report the result (gemopt solve --result)."
         if result is not None:
-            why = f"The solver {result.solver} kept no history of its search."
+            why = f"The solver {result.solver} found no placement."
         return Section(name, title, why)
     go = graph_objects()
     per_step = 1e3 * result.num_steps

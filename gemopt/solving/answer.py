@@ -81,7 +81,7 @@ def answer(
     notes += _few_steps(traces)
     gap, base = relative_gap(total, bound), sum(layer.base_us for layer in run.layers)
     base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
-    report_of_moves = None
+    over_time, report_of_moves = _history(run, total), None
     if moving is not None and rows is not None and value is not None:
         links = None if run.coupling is None else run.coupling.links
         before_us = moving.before_us(traces, cost, senders, links)
@@ -97,7 +97,7 @@ def answer(
         seconds=time.monotonic() - run.clock,
         num_steps=traces.num_steps,
         placement=placement,
-        history=_history(run, total),
+        history=over_time,
         per_layer=per_layer,
         outside=0.0 if scored is None else scored.outside,
         cost=cost.name,
@@ -186,11 +186,12 @@ def _saved(run: Run, scored: Evaluation) -> BytesSaved | None:
 
 
 def _history(run: Run, total: float | None) -> list[Incumbent]:
-    """Totals over time; with links, of what was found since they count. Weights chosen last may lower the total."""
+    """Totals over time; with links, of what was found since they count. It ends with the total of the answer, which
+    weights chosen last may lower, and which is all there is of solvers that make one placement, or heed no links."""
     found = history(run.layers, run.clock)
     if run.coupling is not None:
         found = [point.model_copy(update={"seconds": point.seconds - run.clock}) for point in run.coupling.history]
-    if found and total is not None and total < found[-1].objective_us * (1 - ROUNDING):
+    if total is not None and (not found or total < found[-1].objective_us * (1 - ROUNDING)):
         found.append(Incumbent(seconds=time.monotonic() - run.clock, objective_us=total))
     return found
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemopt.bounds import CopiesProof, Together
-from gemopt.evaluate import objective
+from gemopt.evaluate import objective, total
 from gemopt.latency import FloatArray
 from gemopt.links import Links
 from gemopt.placement import Split
@@ -91,10 +91,13 @@ class Layer:
         """An outcome with copies in empty slots, from solvers that leave some where none may be."""
         problem = self.problem
         if problem.full and outcome.row is not None:
-            outcome.row = filled(problem, outcome.row)
+            before, outcome.row = outcome.row, filled(problem, outcome.row)
             if problem.moves is not None and not within_limits(problem, outcome.row):
                 outcome.row = fewest_row(problem)
-                return no_placement(problem) if outcome.row is None else outcome
+                if outcome.row is None:
+                    return no_placement(problem)
+            if outcome.history and (outcome.row != before).any():  # of rows that leave some empty
+                outcome.history = [incumbent(total(problem, outcome.row))]
         return outcome
 
     def no_worse(self, outcome: Outcome) -> Outcome:
