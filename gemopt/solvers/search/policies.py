@@ -36,8 +36,6 @@ STATIC_SHARE = 0.9  # of the time after the descent, for the even split where we
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
-NEVER = 2**62
-SAME = 1e-6  # of the value: what walks may be off
 WALK_SHARE = 0.5  # of the time that is left: what a round of a walk takes at most, beside kicks
 
 EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
@@ -243,14 +241,10 @@ class _Sharing(_Search):
             self.walk = (PartsWalk if PartsWalk.takes(self.problem) else SharingWalk)(
                 self.problem, self.row, self.draws
             )
-        elif self.walk.best_us > self.value * (1 + SAME):
-            self.walk.restart(self.row)
-        walk, options, end = self.walk, self.options, time.monotonic() + seconds
-        timed = options.patience is None
-        over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
-        if isinstance(walk, PartsWalk) and timed:
+        walk, options = self.walk, self.options
+        if isinstance(walk, PartsWalk) and options.patience is None:
             walk.allow(WALK_SHARE * options.remaining)
-        if walk.walk(NEVER if timed else walk.some(), over):
+        if walk.go_on(self.row, self.value, options, seconds):
             if isinstance(walk, PartsWalk) and self.static and walk.weights_P is not None:
                 remember_weights(self.problem, walk.best, walk.weights_P)
             self.offer(walk.best)

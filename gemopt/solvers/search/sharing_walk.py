@@ -7,6 +7,7 @@ for the cost of every row; `parts_walk` has a quicker one where the copies of an
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from gemopt.migration import held
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
-from gemopt.solvers.base import Row, within_limits
+from gemopt.solvers.base import Options, Row, within_limits
 from gemopt.solvers.search.sharing_draws import AT_A_GLANCE, FROM_SLOWEST
 from gemopt.splits import plain
 from gemopt.splits.flow import copies_of, fluid_times, make_room, spread
@@ -32,7 +33,9 @@ from gemopt.splits.parts import part_steps
 HOT, HOTTER, HOTTEST, COOLED = 1e-3, 4.0, 0.1, 0.02  # heat of the value: first round, next, at most; what is left of it
 GLANCE, FEWEST = 4, 64  # one step in so many says first what a change loses, though not fewer than so many
 LEAST_GAIN = 1e-9  # of the value
+SAME = 1e-6  # of the value: what walks may be off
 HOMEWARD = 0.25  # of the changes where moves are counted bring an expert home besides
+NEVER = 2**62
 TRIES, FEWEST_TRIES = 8, 256  # for each slot, and at least, where the time does not count
 Cost = Callable[[Row, NDArray[np.int64]], tuple[FloatArray, NDArray[np.int64]]]
 """[N] microseconds that some steps take, before weights, and the ranks that they wait for."""
@@ -140,6 +143,15 @@ class Walk(ABC):
             self._try(number)
             left -= number
         return self.best_us < before * (1 - LEAST_GAIN)
+
+    def go_on(self, row: Row, value_us: float, options: Options, seconds: float) -> bool:
+        """Walk for so many seconds, or a while where the time does not count, from a row that is worth `value_us` if
+        that is better than the best; whether that helped."""
+        if self.best_us > value_us * (1 + SAME):
+            self.restart(row)
+        end, timed = time.monotonic() + seconds, options.patience is None
+        over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
+        return self.walk(NEVER if timed else self.some(), over)
 
     def some(self) -> int:
         """Changes to try where the time does not count."""

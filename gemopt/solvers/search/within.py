@@ -44,7 +44,6 @@ NEVER = 2**62
 FIRST_PRICE, LAST_PRICE, FALL = 0.02, 1e-5, 0.5  # of the value: prices of a move, each the half of the one before
 HOME_SHARE = 0.2  # of the time, for the first walk, which begins with the placement in force
 OPTIMAL_SHARE = 4.0  # times as long as kicks, which know nothing of the optimal split: walks
-SAME = 1e-6  # of the value: what walks may be off
 
 FreeSearch = Callable[[Problem, Options, Row | None], Outcome]
 
@@ -229,13 +228,10 @@ class _Search(Best):
         """Changes of single slots, at first from home, then from the best, in turn with kicks; whether they helped."""
         assert self.row is not None and self.draws is not None
         seconds = kicked_s * (OPTIMAL_SHARE if self.problem.split is Split.OPTIMAL else 1.0)
+        value_us = self.value
         if self.walk is None and not self.walked:
             self.walk, self.walked = SharingWalk(self.problem, self.home, self.draws), True
-            seconds = HOME_SHARE * self.options.remaining
+            seconds, value_us = HOME_SHARE * self.options.remaining, np.inf
         elif self.walk is None:
             self.walk = SharingWalk(self.problem, self.row, self.draws)
-        elif self.walk.best_us > self.value * (1 + SAME):
-            self.walk.restart(self.row)
-        options, end, timed = self.options, time.monotonic() + seconds, self.options.patience is None
-        over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
-        return self.walk.walk(NEVER if timed else self.walk.some(), over) and self.offer(self.walk.best)
+        return self.walk.go_on(self.row, value_us, self.options, seconds) and self.offer(self.walk.best)
