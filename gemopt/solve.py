@@ -231,7 +231,7 @@ def solve(
                 clock += 0.0 if cluster is None else cluster.ready(chosen, problem, interrupted)
         run = Run(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
-            cluster=cluster, on_layers=on_layers,
+            cluster=cluster, on_layers=on_layers, scored=1 if moving is None else 2,
         )  # fmt: skip
         with cores.at_most(threads if len(layers) == 1 else 1), hurried.call(clock + time_limit, interrupted.is_set):
             bound_us = _go(run, held_G, moving, links, compute_slack)

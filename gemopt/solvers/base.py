@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.evaluate import moves_us, objective
 from gemopt.exceptions import UnsupportedError
 from gemopt.links import Links
 from gemopt.moves import Budget
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
+from gemopt.splits.weights import known_weights
 
 Row = NDArray[np.int64]
 
@@ -239,6 +241,11 @@ def within_budget(problems: Sequence[Problem], rows: Sequence[Row], budget: Budg
     """Whether the rows of all layers keep to their limits and rules, and to a budget together."""
     each = (beside(problems, rows, layer, budget) for layer in range(len(problems)))
     return all(within_limits(problem, row) for problem, row in zip(each, rows, strict=True))
+
+
+def known_total(problem: Problem, row: Row) -> float:
+    """The total of a row, under static splits with the weights that are known of it: to choose them takes long."""
+    return objective(problem, row, known_weights(problem, row)) + moves_us(problem, row)
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.evaluate import total
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.solvers.base import Row
+from gemopt.solvers.base import Row, known_total
 from gemopt.solvers.nearest import fewest
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import few_moves
+from gemopt.splits.weights import known_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class Point:
 
 
 def point_of(problem: Problem, row: Row) -> Point:
-    """The point of a row."""
+    """The point of a row; see `known_total`."""
     assert problem.moves is not None
-    return Point(row, total(problem, row), problem.moves.into(row, problem.slots_per_rank))
+    return Point(row, known_total(problem, row), problem.moves.into(row, problem.slots_per_rank))
 
 
 @dataclass(eq=False)
@@ -109,7 +109,7 @@ def walk_front(
         max_into_G=moves.most_into_G,
         max_swaps=2 * limit + problem.num_slots if max_swaps is None else max_swaps,
         stop=stop,
-        weights_P=weights_P,
+        weights_P=known_weights(problem, home) if weights_P is None else weights_P,
     )
     return Front(
         [

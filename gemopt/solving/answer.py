@@ -31,9 +31,8 @@ from gemopt.solving.layers import history, value_of
 from gemopt.solving.moving import Moving
 from gemopt.solving.schedule import Run
 from gemopt.splits import plain
-from gemopt.splits.rules import even_weights
 from gemopt.splits.senders import Senders
-from gemopt.splits.weights import carried_weights, remember_weights, static_weights
+from gemopt.splits.weights import carried_weights, known_weights, remember_weights, static_weights
 from gemopt.topology.doubts import doubts
 from gemopt.traces import Traces
 from gemopt.words import counted, gathered
@@ -62,7 +61,7 @@ def answer(
     """
     rows, problems = _rows(run, traces), [layer.problem for layer in run.layers]
     if rows is not None and moving is not None:
-        rows = moving.settled(rows, problems, linked=run.coupling is not None)
+        rows = moving.settled(rows, problems, run.clock + run.time_limit, linked=run.coupling is not None)
     placement, scored, value = None, None, None
     if rows is not None:
         weights_LP = _weights(run, rows)
@@ -144,20 +143,20 @@ def _spread(run: Run) -> float:
 def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
     """What a placement with static weights stores; None for the other policies, which need none.
 
-    Even ones where the time is over and the search found nothing better than they are.
+    Those that are known, or even ones, where the time is over.
     """
     if run.layers[0].problem.split is not Split.STATIC:
         return None
     found = []
     for layer, row in zip(run.layers, rows, strict=True):
-        problem, even_P = layer.problem, even_weights(row, layer.problem.num_experts)
+        problem = layer.problem
         known = None if layer.outcome is None else value_of(layer.outcome)
         if layer.outcome is not None and layer.outcome.row is not None and layer.outcome.weights_P is not None:
             carried_P = carried_weights(problem, layer.outcome.row, layer.outcome.weights_P, row)
             if carried_P is not None:
                 remember_weights(problem, row, carried_P)
-        even = time.monotonic() >= run.end and row.tobytes() not in problem.weighed
-        weights_P = even_P if even else static_weights(problem, row)
+        known_P = known_weights(problem, row) if time.monotonic() >= run.end else None
+        weights_P = static_weights(problem, row) if known_P is None else known_P
         if known is not None and objective(problem, row, weights_P) + moves_us(problem, row) > known * (1 + ROUNDING):
             problem.weighed.pop(row.tobytes(), None)  # cut by the time when it was looked at again, or found elsewhere
             weights_P = min(weights_P, static_weights(problem, row), key=partial(objective, problem, row))

@@ -97,7 +97,7 @@ def _together(run: Run, links: Links, deadline: float, moving: Moving | None, bo
         budget=None if moving is None else moving.together,
     )
     if moving is not None:
-        rows = rows if moving.heeded else moving.settled(rows, problems)
+        rows = rows if moving.heeded else moving.settled(rows, problems, deadline)
         home = moving.at_home(problems) if options.compute_slack is None else None
         if home is not None and within_budget(problems, home, options.budget):
             rows = min(rows, home, key=lambda each: linked_total(problems, each, links))

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from gemopt.bounds import CopiesProof, Together
-from gemopt.evaluate import objective, total
+from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
 from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent
-from gemopt.solvers.base import Outcome, Row, incumbent, within_limits
+from gemopt.solvers.base import Outcome, Row, incumbent, known_total, within_limits
 from gemopt.solvers.exact.column_space import Proven
 from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.packing import filled
@@ -97,7 +97,7 @@ class Layer:
                 if outcome.row is None:
                     return no_placement(problem)
             if outcome.history and (outcome.row != before).any():  # of rows that leave some empty
-                outcome.history = [incumbent(total(problem, outcome.row))]
+                outcome.history = [incumbent(known_total(problem, outcome.row))]
         return outcome
 
     def no_worse(self, outcome: Outcome) -> Outcome:

@@ -31,6 +31,7 @@ from gemopt.splits.weights import carried_weights, suggest_weights
 from gemopt.traces import Traces
 
 US_PER_GB_PER_S = 1e-3  # microseconds that a byte takes at 1 GB/s
+SETTLING_S = 0.5  # at least, for ranks that change roles
 EASING_SHARE = 0.4  # of the time, in which the fewest moves are proven to be that
 
 
@@ -244,19 +245,23 @@ class Moving:
             return 0
         return self.current.num_experts - int(slots.sum() if slots.ndim else slots * ranks)
 
-    def settled(self, rows: Sequence[Row], layers: Sequence[Problem], *, linked: bool = False) -> list[Row]:
+    def settled(
+        self, rows: Sequence[Row], layers: Sequence[Problem], deadline: float, *, linked: bool = False
+    ) -> list[Row]:
         """The rows with fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot.
 
         Roles stay where each rank has a limit of its own, which other roles might break, and where links tell ranks
-        apart (`linked`).
+        apart (`linked`). deadline: of `time.monotonic`.
         """
         old_G, slots_G = self.resized.old_rank, self.current.slots_per_rank
         before_G = np.where(old_G < 0, 0, slots_G[old_G])
-        result = []
+        result, end = list[Row](), max(deadline, time.monotonic() + SETTLING_S)
         for row_P, home_GE, wanted, problem in zip(
             self.current.physical_to_logical, self.resized.home_LGE, rows, layers, strict=True
         ):
-            named = wanted if linked or self.into_G is not None else relabelled(problem, wanted, home_GE)
+            now = time.monotonic()
+            until = now + (end - now) / (len(rows) - len(result))
+            named = wanted if linked or self.into_G is not None else relabelled(problem, wanted, home_GE, until)
             parts = np.split(row_P, np.cumsum(slots_G)[:-1])
             before_P = np.concatenate([parts[rank] for rank in old_G if rank >= 0] or [row_P[:0]])
             result.append(named[keep_in_place(before_P, named, before_G, problem.slots_per_rank)])

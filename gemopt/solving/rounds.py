@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import total
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import hurried
@@ -211,7 +212,9 @@ def _learn(layer: Layer, front: Front, budget: int) -> None:
     """Take over the placement of a round, and its bounds with the moves for which they hold."""
     outcome = layer.outcome
     assert outcome is not None and outcome.row is not None
-    front.points.append(point_of(layer.problem, outcome.row))
+    static = layer.problem.split is Split.STATIC  # weights may be known by now
+    if static or not any(np.array_equal(point.row, outcome.row) for point in front.points):
+        front.points.append(point_of(layer.problem, outcome.row))
     front.bounds.append((budget, layer.bound_us))  # of all placements
     if outcome.bound_us is not None:
         most = _most(layer.problem)

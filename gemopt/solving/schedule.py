@@ -52,9 +52,9 @@ Times = Callable[[], tuple[float, float]]  # seconds that are a layer's share of
 class Run:
     """One call: `threads` layers at a time until `clock + time_limit` (seconds by `time.monotonic`), or interrupted.
 
-    gap, patience: as in `gemopt.solve`. end: of the search, after which answers are scored. vain: layers in a row whose
-    co-location bound stayed at the floors. coupling: what links add, once they are known. cluster: if one is in force,
-    as many layers at a time as it has workers. progress, on_layers: called as `gemopt.solve` says.
+    gap, patience, progress, on_layers: as in `gemopt.solve`. end: of the search, after which answers are scored, so
+    often (`scored`). vain: layers in a row whose co-location bound stayed at the floors. coupling: what links add, once
+    they are known. cluster: if one is in force, as many layers at a time as it has workers.
     """
 
     solver: Solver
@@ -71,6 +71,7 @@ class Run:
     coupling: Coupling | None = None
     cluster: Cluster | None = None
     on_layers: OnLayers | None = None
+    scored: int = 1
     end: float = np.inf
 
     @property
@@ -85,7 +86,7 @@ class Run:
 
     def go(self) -> None:
         """Solve all layers; on an interrupt, every layer still ends with what it has."""
-        self.end = end = self.clock + self.time_limit - scoring_s(self.layers, self.time_limit)
+        self.end = end = self.clock + self.time_limit - scoring_s(self.layers, self.time_limit, self.scored)
         left = max(0.0, end - time.monotonic())
         share = max(1, self.threads // len(self.layers))
         with ThreadPoolExecutor(self.threads, initializer=cores.in_this_thread, initargs=(share,)) as pool:

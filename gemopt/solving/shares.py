@@ -8,24 +8,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemopt.evaluate import objective
+from gemopt.placement import Split
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
+from gemopt.solvers.search.packing import filled
 from gemopt.solving.layers import Layer, value_of
+from gemopt.splits.rules import even_weights
 
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 LEAST_S = 0.05  # for a layer once more
 
 
-def scoring_s(layers: Sequence[Layer], time_limit: float) -> float:
-    """Seconds to keep for scoring the answer of all layers, from how long one takes."""
+def scoring_s(layers: Sequence[Layer], time_limit: float, times: int) -> float:
+    """Seconds to keep for scoring the answer of all layers so many times, from how long one takes with its copies."""
     first = layers[0].problem
     row = get("linear").solve(first, Options(deadline=np.inf), None).row
     assert row is not None
-    objective(first, row)  # computes features once, which the search needs as well
+    row = row if first.rules else filled(first, row)
+    weights_P = even_weights(row, first.num_experts) if first.split is Split.STATIC else None
+    objective(first, row, weights_P)  # computes features once, which the search needs as well
     begin = time.monotonic()
-    objective(first, row)
-    return min(SCORE_SHARE * time_limit, 1.5 * len(layers) * (time.monotonic() - begin))
+    objective(first, row, weights_P)
+    return min(SCORE_SHARE * time_limit, 1.5 * times * len(layers) * (time.monotonic() - begin))
 
 
 def once_more(layers: Sequence[Layer], gap: float, left_s: float, workers: int, interrupted: bool) -> list[Layer]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from gemopt.compiling import njit
 from gemopt.kernels import Array, latency_value, rank_loads
 from gemopt.latency import Curves, FloatArray
+from gemopt.placement import Split
 from gemopt.splits.flow import Copies, find_copies
 from gemopt.splits.levels import IntArray, Number
 from gemopt.splits.optimal import feature_table
@@ -165,9 +166,19 @@ def static_weights(
     return chosen_P.copy()
 
 
+def known_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray | None:
+    """[P] what is known of a row's static weights without any search, else even ones; None under other splits."""
+    if problem.split is not Split.STATIC:
+        return None
+    known_P = problem.weighed.get(row_P.tobytes())
+    return even_weights(row_P, problem.num_experts) if known_P is None else known_P
+
+
 def remember_weights(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray) -> None:
     """Let these be the static weights of a row from now on, unless those that are known, or even ones, cost no more."""
     known_P = problem.weighed.get(row_P.tobytes())
+    if known_P is not None and np.array_equal(known_P, weights_P):
+        return
     before_P = even_weights(row_P, problem.num_experts) if known_P is None else known_P
     _keep(problem, row_P, _cheaper(problem, row_P, weights_P, before_P).copy())
 

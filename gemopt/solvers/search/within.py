@@ -17,12 +17,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.evaluate import total
+from gemopt.evaluate import moves_us, objective
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, within_limits
+from gemopt.solvers.base import Options, Outcome, Row, known_total, within_limits
 from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.best import Best
@@ -35,6 +35,8 @@ from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
 from gemopt.solvers.search.state import Costs, State, make_state
 from gemopt.solvers.search.swaps import total_cost
 from gemopt.solvers.search.terms import make_terms, moved_into
+from gemopt.splits.rules import even_weights
+from gemopt.splits.weights import known_weights, static_weights
 
 FREE_SHARE = 0.3  # of the time, for a placement that heeds no moves
 BATCH_KICKS = 25
@@ -69,9 +71,12 @@ def homeward(problem: Problem, start: Row, costs: Costs, stop: NDArray[np.uint8]
     Where swaps do not suffice, copies that are not at home are dropped.
     """
     assert problem.moves is not None
-    moves, row = Moves(problem.moves.home_GE, price_us=1e3 * (1.0 + total(problem, start))), start
+    moves, row = Moves(problem.moves.home_GE, price_us=1e3 * (1.0 + known_total(problem, start))), start
     for _ in range(2):
-        way = few_moves(problem, moves.home_GE, start=row, price_us=moves.price_us, costs=costs, stop=stop)
+        way = few_moves(
+            problem, moves.home_GE, start=row, price_us=moves.price_us, costs=costs, stop=stop,
+            weights_P=known_weights(problem, row),
+        )  # fmt: skip
         for point in way:
             if within_limits(problem, point.row):
                 return point.row
@@ -92,11 +97,12 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
 
-    searched: whether anything was. stop: [1] see `Options.alarm`. home: where the first walk begins;
-    walked: whether it did. walk: of this call.
+    searched: whether anything was. stop: [1] see `Options.alarm`. even_us: least total of a row with even weights for
+    which static ones were chosen. home: where the first walk begins; walked: whether it did. walk: of this call.
     """
 
     home: Row
+    even_us = np.inf
     walked = False
     walk: Walk | None = None
 
@@ -114,15 +120,24 @@ class _Search(Best):
             home = warm_start
         if home is not None:
             self.home = home
-            self.starts = [home] if warm_start is None else [home, warm_start]
+            self.starts = [home] if warm_start is None or (warm_start == home).all() else [home, warm_start]
             for start in self.starts:
                 self.offer(start)
 
     def offer(self, row: Row) -> bool:
-        """Take a row over when it keeps to the limits, fills what must be full, and is the best so far."""
+        """Take a row over when it keeps to the limits, fills what must be full, and is the best so far.
+
+        Static weights are chosen for rows that cost least with even ones, while there is time.
+        """
         if not within_limits(self.problem, row) or (self.problem.full and (row == EMPTY).any()):
             return False
-        return self.keep(row, total(self.problem, row))
+        problem = self.problem
+        if problem.split is Split.STATIC and self.searched and not self.stop[0]:
+            even_us = objective(problem, row, even_weights(row, problem.num_experts)) + moves_us(problem, row)
+            if even_us < self.even_us:
+                self.even_us = even_us
+                static_weights(problem, row, self.stop)
+        return self.keep(row, known_total(problem, row))
 
     def descend(self) -> None:
         """Everything that was not done by a call before: walks from all starts, then swaps and copies from the best."""
@@ -152,15 +167,16 @@ class _Search(Best):
             return row
         way = few_moves(
             self.problem, moves.home_GE, start=row, price_us=moves.price_us, max_moves=moves.most,
-            max_into_G=moves.most_into_G, costs=self.costs, stop=self.stop,
+            max_into_G=moves.most_into_G, costs=self.costs, stop=self.stop, weights_P=known_weights(self.problem, row),
         )  # fmt: skip
-        for point in way:
+        static = self.problem.split is Split.STATIC
+        for point in [min(way, key=lambda each: each.objective_us + moves.price_us * each.moves)] if static else way:
             self.offer(point.row)
         return way[-1].row
 
     def _fall(self, row: Row) -> None:
         """Swaps and copies at a price that falls, so that what gains most by its moves comes first."""
-        value_us, ranks = total(self.problem, row), np.ones(self.problem.num_ranks, bool)
+        value_us, ranks = known_total(self.problem, row), np.ones(self.problem.num_ranks, bool)
         price_us = FIRST_PRICE * value_us
         while price_us > max(self.moves.price_us, LAST_PRICE * value_us) and not self.options.expired():
             moves = replace(self.moves, price_us=price_us)
