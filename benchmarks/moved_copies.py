@@ -2,8 +2,9 @@
 
 python benchmarks/moved_copies.py [--seconds 5] [--current FOLDER]
 
-Two layers of gpt-oss-20b whose domain shifts (32 experts, 8 ranks of 5 slots) and one drawn layer of 256 experts on 16
-ranks of 18 slots are placed for earlier steps; then the placement is changed for later ones with at most so many moves.
+Layers of gpt-oss-20b whose domain shifts (32 experts, 8 ranks of 5 slots) and drawn ones of 256 experts (16 ranks of 18
+slots), each alone and several that share a budget, are placed for earlier steps; then the placement is changed for
+later ones with at most so many moves.
 Limits are CPU seconds of the process, so that a busy machine changes little. `--current` keeps the placements in force,
 so that another version starts from the same ones.
 """
@@ -39,11 +40,13 @@ def light() -> Profile:
 def cases() -> Iterator[Case]:
     """Name, devices, steps before and after, slots of a rank, and limits of moves."""
     shift = Traces.load(GPTOSS).counts
-    for layer in (2, 11):
-        before, after = (Traces(counts=shift[first : first + STEPS, layer : layer + 1]) for first in (0, 900))
-        yield f"gpt-oss-20b, layer {layer}", light(), before, after, 5, (2, 4, 8)
-    drawn = routing(layers=1, steps=1000, seed=1).counts
-    yield "256 experts", affine_profile(speeds(16)), Traces(drawn[:STEPS]), Traces(drawn[500:900]), 18, (8, 32)
+    for layers, limits in (([2], (2, 4, 8)), ([11], (2, 4, 8)), ([2, 8, 11, 20], (4, 8, 16))):
+        before, after = (Traces(counts=shift[first : first + STEPS, layers]) for first in (0, 900))
+        yield f"gpt-oss-20b, {', '.join(map(str, layers))}", light(), before, after, 5, limits
+    for layers, seed, limits in ((1, 1, (8, 32)), (6, 3, (12, 48))):
+        drawn = routing(layers=layers, steps=1000, seed=seed).counts
+        before, after = Traces(drawn[:STEPS]), Traces(drawn[500:900])
+        yield f"256 experts, {layers}", affine_profile(speeds(16)), before, after, 18, limits
 
 
 def main() -> None:
@@ -54,8 +57,8 @@ def main() -> None:
     parser.add_argument("--current", type=Path, default=Path("moved_copies"))
     asked = parser.parse_args()
     asked.current.mkdir(exist_ok=True)
-    print(stamp("numpy", "numba"), f"{asked.seconds:g} CPU s a layer, one thread", sep="; ")
-    print("\n| layer | split | in force, us | " + "moves: us a step (change) |\n|---|---|---|---|")
+    print(stamp("numpy", "numba"), f"{asked.seconds:g} CPU s a call, one thread", sep="; ")
+    print("\n| layers | split | in force, us | " + "moves: us a step (change) |\n|---|---|---|---|")
     for name, profile, before, after, slots, limits in cases():
         for split, senders in SPLITS.items():
             given = {"slots_per_rank": slots, "split": split, "senders": senders, "threads": 1}

@@ -265,8 +265,9 @@ def _division(run: Run, moving: Moving | None) -> list[str]:
     together = run.coupling is not None and run.solver.supports.links
     if moving is None or not moving.shared or moving.into_G is None or together:
         return []
+    along = "best swaps and copies" if run.layers[0].problem.spare_slots else "best swaps"
     return [
-        "max_bytes_per_rank is divided among the layers along the best swaps: another division may be better; the "
+        f"max_bytes_per_rank is divided among the layers along the {along}: another division may be better; the "
         "bound is that of each layer with all of it"
     ]
 

@@ -33,6 +33,7 @@ from gemopt.solvers.search.spreading import Looks
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
 from gemopt.solving.turns import least_s
+from gemopt.solving.walks import add_copies
 from gemopt.splits import plain
 from gemopt.topology.named import named
 from gemopt.traces import Tokens, Traces
@@ -182,7 +183,9 @@ def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:
                         _use_shares(replace(two_ranks, slots_per_rank=np.full(2, each)))
                     get(name).solve(replace(two_ranks, slots_per_rank=np.full(2, each)), options, None)
     if tiny.moves is not None:
-        walk_front(tiny, 2)
+        front = walk_front(tiny, 2)
+        if tiny.spare_slots and front.points:
+            add_copies([tiny], [front], None, options, 1)
 
 
 def _use_shares(few: Problem) -> None:

@@ -1,8 +1,9 @@
 """One budget of moves for all layers of a call: divided, solved layer by layer, and divided again while that helps.
 
-The first division is along the fronts that best swaps lead through. Where a solver proves its layers, what it proved at
-so many moves holds for fewer, and dividing the bounds tells which layer at how many moves is to be solved next: that
-ends with the best division, proven. Otherwise the bound is what no layer falls below with the whole budget for itself.
+The first division is along the fronts that best swaps lead through, and copies where slots are spare. Where a solver
+proves its layers, what it proved at so many moves holds for fewer, and dividing the bounds tells which layer is to be
+solved next, at how many moves: that ends with the best division, proven. Otherwise the bound is what no layer falls
+below with the whole budget for itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gemopt.solvers.nearest import fewest_row, fewest_rows, no_placement, who_mo
 from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
-from gemopt.solving.walks import walk_fronts
+from gemopt.solving.walks import add_copies, walk_fronts
 from gemopt.words import counted
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
@@ -84,17 +85,20 @@ def _fronts(run: Run, moving: Moving) -> list[Front]:
     problems = [layer.problem for layer in run.layers]
     if moving.into_G is not None:
         problems = _rooms(problems, moving.into_G)
-    return _walked(run, problems, [None] * len(problems))
+    return _walked(run, problems, [None] * len(problems), moving.budget)
 
 
-def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None]) -> list[Front]:
+def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None], budget: int | None) -> list[Front]:
     """Fronts of the layers from the rows that they begin with, else from those with the fewest moves, within a share of
     the time."""
     left = max(0.0, run.clock + run.time_limit - time.monotonic())
     options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
     given = [None if begin is None else (begin, None) for begin in begins]
     with hurried.better_by(options.deadline):
-        return walk_fronts(problems, given, [_most(problem) for problem in problems], options, run.threads)[0]
+        fronts = walk_fronts(problems, given, [_most(problem) for problem in problems], options, run.threads)[0]
+    if problems[0].spare_slots and all(front.points for front in fronts):
+        add_copies(problems, fronts, budget, options, run.threads)
+    return fronts
 
 
 def _together(
@@ -109,12 +113,12 @@ def _together(
         return [], None, proven
     if moving.into_G is None:
         assert budget is not None
-        fronts = _walked(run, problems, rows)
+        fronts = _walked(run, problems, rows, budget)
         return fronts, _by_moves(problems, fronts, budget), False
     into_LG = [_into(problem, row) for problem, row in zip(problems, rows, strict=True)]
     left_G = moving.into_G - np.sum(into_LG, axis=0)
     own = [limited(problem, most_into_G=into_G + left_G) for problem, into_G in zip(problems, into_LG, strict=True)]
-    fronts = _walked(run, own, rows)
+    fronts = _walked(run, own, rows, budget)
     first = [Front(each.points[:1]) for each in fronts]
     return fronts, _by_rank(problems, fronts, moving) or _by_rank(problems, first, moving), False
 

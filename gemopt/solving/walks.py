@@ -1,4 +1,4 @@
-"""Fronts of best swaps of many layers within one time: a few swaps of every layer before more of any."""
+"""Fronts of many layers within one time: a few swaps of every layer before more of any, and price after price."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from dataclasses import replace
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Options, Row
-from gemopt.solvers.budget import Front, walk_front
+from gemopt.solvers.budget import Front, point_of, walk_front
+from gemopt.solvers.search.blocs import settled
+from gemopt.solvers.search.within import falling
 
 FIRST_SWAPS = 1
 MORE = 4  # times as many swaps in every round
+FALL = 0.8  # from one price of a move to the next
 
 Begin = tuple[Row, FloatArray | None]
 """[P] a row, and the static weights of its copies."""
@@ -44,3 +47,27 @@ def walk_fronts(
             going = [(index, pool.submit(copy_context().run, walk, index, swaps)) for index in left]
             left, swaps = [index for index, more in going if more.result()], MORE * swaps
     return fronts, bool(left)
+
+
+def add_copies(
+    problems: Sequence[Problem], fronts: Sequence[Front], budget: int | None, options: Options, threads: int
+) -> None:
+    """Add to fronts what swaps and copies lead to, at a price that falls until all layers together spend the budget."""
+    with options.alarm() as stop, ThreadPoolExecutor(threads) as pool:
+        ways = [
+            falling(settled(problem, front.points[0].row), front.points[0].row, stop, fall=FALL)
+            for problem, front in zip(problems, fronts, strict=True)
+        ]
+
+        def fall(index: int) -> bool:
+            """Go on with one layer; whether there may be more to come."""
+            row = next(ways[index], None)
+            if row is not None:
+                fronts[index].points.append(point_of(problems[index], row))
+            return row is not None
+
+        left, spent = list(range(len(ways))), 0
+        while left and not stop[0] and (budget is None or spent <= budget):
+            going = [(index, pool.submit(copy_context().run, fall, index)) for index in left]
+            left = [index for index, more in going if more.result()]
+            spent = sum(front.points[-1].moves for front in fronts)

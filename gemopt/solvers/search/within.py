@@ -10,7 +10,7 @@ Everything that is offered is scored by `gemopt.evaluate.total` and keeps to the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying
 from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
-from gemopt.solvers.search.state import Costs, State, make_state
+from gemopt.solvers.search.state import Costs, State, make_costs, make_state
 from gemopt.solvers.search.swaps import total_cost
 from gemopt.solvers.search.terms import make_terms, moved_into
 from gemopt.splits.rules import even_weights
@@ -94,6 +94,23 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
     return state.content
 
 
+def falling(
+    problem: Problem, row: Row, stop: NDArray[np.uint8], costs: Costs | None = None, fall: float = FALL
+) -> Iterator[Row]:
+    """Rows that swaps and copies lead to at a price that falls, so that what gains most by its moves comes first."""
+    assert problem.moves is not None
+    costs = make_costs(problem) if costs is None else costs
+    value_us, ranks = known_total(problem, row), np.ones(problem.num_ranks, bool)
+    price_us = FIRST_PRICE * value_us
+    while price_us > max(problem.moves.price_us, LAST_PRICE * value_us) and not stop[0]:
+        moves = replace(problem.moves, price_us=price_us)
+        terms, state = make_terms(problem, moves), make_state(problem, row, costs, stop)
+        settle(costs, state, terms, moved_into(state, terms), ranks, True)
+        row = copies_within(problem, make_state(problem, state.content, costs, stop), costs, moves)
+        yield row
+        price_us *= fall
+
+
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
 
@@ -151,7 +168,8 @@ class _Search(Best):
             if not self.starts:
                 break
             if not begun and self.starts[0] is self.home and self.problem.spare_slots:
-                self._fall(self.home)
+                for row in falling(self.problem, self.home, self.stop, self.costs):
+                    self.offer(row)
             begun = True
             reached = self._walk(self.starts[0])
             self.starts[:1] = [reached] if self.stop[0] else []
@@ -173,18 +191,6 @@ class _Search(Best):
         for point in [min(way, key=lambda each: each.objective_us + moves.price_us * each.moves)] if static else way:
             self.offer(point.row)
         return way[-1].row
-
-    def _fall(self, row: Row) -> None:
-        """Swaps and copies at a price that falls, so that what gains most by its moves comes first."""
-        value_us, ranks = known_total(self.problem, row), np.ones(self.problem.num_ranks, bool)
-        price_us = FIRST_PRICE * value_us
-        while price_us > max(self.moves.price_us, LAST_PRICE * value_us) and not self.options.expired():
-            moves = replace(self.moves, price_us=price_us)
-            terms, state = make_terms(self.problem, moves), self.state(row)
-            settle(self.costs, state, terms, moved_into(state, terms), ranks, True)
-            row = copies_within(self.problem, self.state(state.content), self.costs, moves)
-            self.offer(row)
-            price_us *= FALL
 
     def _without_moves(self) -> Row:
         """A placement that heeds no moves, from a share of the time."""
