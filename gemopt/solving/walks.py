@@ -16,7 +16,7 @@ from gemopt.solvers.search.within import falling
 
 FIRST_SWAPS = 1
 MORE = 4  # times as many swaps in every round
-FALL = 0.8  # from one price of a move to the next
+PRICES = [0.5**n for n in range(1, 6)] + [0.02 * 0.8**n for n in range(34)]  # of a move, of the value of a layer
 
 Begin = tuple[Row, FloatArray | None]
 """[P] a row, and the static weights of its copies."""
@@ -55,7 +55,7 @@ def add_copies(
     """Add to fronts what swaps and copies lead to, at a price that falls until all layers together spend the budget."""
     with options.alarm() as stop, ThreadPoolExecutor(threads) as pool:
         ways = [
-            falling(settled(problem, front.points[0].row), front.points[0].row, stop, fall=FALL)
+            falling(settled(problem, front.points[0].row), front.points[0].row, stop, prices=PRICES)
             for problem, front in zip(problems, fronts, strict=True)
         ]
 

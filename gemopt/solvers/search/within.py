@@ -10,7 +10,7 @@ Everything that is offered is scored by `gemopt.evaluate.total` and keeps to the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ BATCH_KICKS = 25
 KICK_SWAPS = 2
 ROUNDS = 20  # of copies and swaps
 NEVER = 2**62
-FIRST_PRICE, LAST_PRICE, FALL = 0.02, 1e-5, 0.5  # of the value: prices of a move, each the half of the one before
+PRICES = [0.02 * 0.5**n for n in range(11)]  # of a move, of the value
 HOME_SHARE = 0.2  # of the time, for the first walk, which begins with the placement in force
 OPTIMAL_SHARE = 4.0  # times as long as kicks, which know nothing of the optimal split: walks
 
@@ -95,20 +95,23 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
 
 
 def falling(
-    problem: Problem, row: Row, stop: NDArray[np.uint8], costs: Costs | None = None, fall: float = FALL
+    problem: Problem, row: Row, stop: NDArray[np.uint8], costs: Costs | None = None, prices: Sequence[float] = PRICES
 ) -> Iterator[Row]:
-    """Rows that swaps and copies lead to at a price that falls, so that what gains most by its moves comes first."""
+    """Rows that swaps and copies lead to at a price that falls, so that what gains most by its moves comes first.
+
+    prices: of a move, of the value of the row. The last ones are left out where a move costs more.
+    """
     assert problem.moves is not None
     costs = make_costs(problem) if costs is None else costs
     value_us, ranks = known_total(problem, row), np.ones(problem.num_ranks, bool)
-    price_us = FIRST_PRICE * value_us
-    while price_us > max(problem.moves.price_us, LAST_PRICE * value_us) and not stop[0]:
-        moves = replace(problem.moves, price_us=price_us)
+    for price in prices:
+        if stop[0] or price * value_us <= problem.moves.price_us:
+            return
+        moves = replace(problem.moves, price_us=price * value_us)
         terms, state = make_terms(problem, moves), make_state(problem, row, costs, stop)
         settle(costs, state, terms, moved_into(state, terms), ranks, True)
         row = copies_within(problem, make_state(problem, state.content, costs, stop), costs, moves)
         yield row
-        price_us *= fall
 
 
 class _Search(Best):
