@@ -96,7 +96,7 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
     `layer` counts as the file does. Layers that predict further tokens stay as they are, so their tensors have no role:
     they are named `mtp`, or come after the last decoder layer. So do towers for images and sound.
     """
-    if _PREDICTION.search(name) or _TOWER.search(name.partition("layers.")[0]):
+    if _PREDICTION.search(name) or of_tower(name):
         return None
     blocks = [rf"{block}\." for block in family.checkpoint_blocks] or [rf"(?={family.router}\.|experts\.)"]
     place = re.fullmatch(rf"((?:.+\.)?)layers\.(\d+)\.(?:{'|'.join(blocks)})(.+)", name)
@@ -119,6 +119,11 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
     if rest.startswith("experts."):
         return _of_experts(rest.removeprefix("experts."), layer, stack)
     return _of_router(family, rest, layer, stack)
+
+
+def of_tower(name: str) -> bool:
+    """Whether a module or tensor is of a tower for images or sound, whose experts are not those of the decoder."""
+    return _TOWER.search(name.partition("layers.")[0]) is not None
 
 
 def _elsewhere(name: str) -> TensorRole | None:

@@ -79,7 +79,7 @@ _DEEPSEEK = Family(
 )
 _MINIMAX_M2 = replace(_LOCAL, router_tensors=GATE_AND_BIAS, checkpoint_tensors=GATE_AND_BIAS)
 _ROUTER = Family("", router="router", router_tensors=ROUTER, checkpoint_tensors=ROUTER)
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     **_rows("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen4_exp_text", "lara_mini"),
     **_rows("olmoe", "flex_olmo", "cohere2_moe", "flint"),
     **_rows("qwen3_vl_moe_text", "mellum", like=_LOCAL),
@@ -249,6 +249,7 @@ def family(model_type: str) -> Family:
             "model_type",
             model_type,
             f"known MoE families: {', '.join(sorted(FAMILIES))}",
-            "add a row to gemopt.models.families",
+            'where its modules are named as those of one of them, say so: gemopt.models.FAMILIES["its_type"] = '
+            'family("mixtral")',
         )
     return found

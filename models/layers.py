@@ -18,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
+from gemopt.models.checkpoint_names import of_tower
 from gemopt.models.families import FAMILIES, Family, family
 from gemopt.profile import MoeShape
 
@@ -76,16 +77,29 @@ class MoeLayer:
         """[N, K] logical expert of each assignment, from what the router's forward returned.
 
         Values from E on mean an identity expert, which makes no assignment.
+
+        Raises
+        ------
+        InputError
+            When the router returned anything else: it is not the family's own, or has another top-k than the config.
         """
-        if self.family.scores:
-            return router_output[1].topk(self.top_k, dim=-1).indices  # type: ignore[no-any-return]
-        return router_output[-1]  # type: ignore[no-any-return]
+        last = router_output[-1] if isinstance(router_output, tuple) else router_output
+        ids = last.topk(self.top_k, dim=-1).indices if self.family.scores else last
+        if ids.ndim != 2 or ids.shape[1] != self.top_k or ids.is_floating_point() or last is router_output:
+            kind = type(self.router).__name__
+            raise InputError(
+                f"{self.path}.{self.family.router}",
+                f"{kind} returned {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)} last",
+                f"ids of experts must come last, whole numbers [tokens, {self.top_k}]",
+                f"let config.{self.family.top_k} say what routers do, and routers return what transformers' own do",
+            )
+        return ids  # type: ignore[no-any-return]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of `router_tensors` or `hash_tensors` by its name relative to the block."""
         value = self.block
         for part in name.split("."):
-            value = getattr(value, part)
+            value = getattr(bare(value), part)
         return value  # type: ignore[return-value]
 
 
@@ -114,19 +128,26 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     blocks = [
         (path, module)
         for path, module in model.named_modules()
-        if re.search(r"(^|\.)layers\.\d+(\.\w+)?$", path) and hasattr(module, row.router) and hasattr(module, "experts")
+        if re.search(r"(^|\.)layers\.\d+(\.\w+)?$", path) and hasattr(module, "experts") and not of_tower(path)
     ]
     if not blocks:
         raise InputError("model", model_type, "a network with MoE layers is needed, all layers of this one are dense")
+    for path, block in blocks:
+        if not hasattr(block, row.router):
+            limit = f"a router named {row.router!r} beside its experts, as {model_type} has it"
+            raise InputError(path, type(block).__name__, limit, "name it so, or add a row to gemopt.models.FAMILIES")
     return [_layer(config, row, path, block) for path, block in blocks]
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that makes the network of a config: of language, or of images too where only that exists."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """transformers' class that makes the network of a config: of language, or of images and sound too."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    language: Any = AutoModelForCausalLM
-    return language if type(config) in language._model_mapping else AutoModelForImageTextToText
+    autos: list[Any] = [AutoModelForCausalLM, AutoModelForMultimodalLM]
+    found = next((auto for auto in autos if type(config) in auto._model_mapping), None)
+    if found is None:
+        raise InputError("model_type", config.model_type, "a network that transformers knows to predict the next token")
+    return found
 
 
 def num_hidden_layers(model: nn.Module) -> int:
@@ -160,17 +181,19 @@ def _text_config(model: nn.Module) -> Any:
 
 def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
     num_experts = _of_every_layer(config, row.num_experts)
-    experts: Any = block.experts
+    experts: Any = bare(block.experts)
     router = getattr(block, row.router)
-    stacked = _stacked(experts, num_experts)
-    if not stacked or isinstance(experts, nn.ModuleList):
+    stacked = _stacked(experts, _rows(experts, config, row, num_experts))
+    weights = [tensor for tensor in stacked.values() if tensor.ndim > 2]
+    if not weights or isinstance(experts, nn.ModuleList):
+        shapes = [list(tensor.shape) for tensor in experts.parameters() if tensor.ndim > 2]
         raise InputError(
             f"{path}.experts",
-            type(experts).__name__,
+            f"{type(experts).__name__} {shapes or ''}",
             f"experts stacked in one tensor [{num_experts}, ...] are needed",
-            "load the model with transformers 5, without remote code",
+            f"load it with transformers 5, without remote code; config.{row.num_experts} says how many there are",
         )
-    down = stacked.get("down_proj", next(iter(stacked.values())))
+    down = stacked.get("down_proj", weights[0])
     hidden = int(config.hidden_size)
     width = int(getattr(config, "moe_latent_size", None) or hidden)
     return MoeLayer(
@@ -189,7 +212,7 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
         expert_bytes=sum(math.prod(t.shape[1:]) * t.element_size() for t in stacked.values()),
         hidden_size=hidden,
         width=width,
-        intermediate_size=math.prod(down.shape[1:]) // width,
+        intermediate_size=_inner(experts) or math.prod(down.shape[1:]) // width,
         dtype=down.dtype,
     )
 
@@ -203,15 +226,32 @@ def _of_every_layer(config: Any, field: str) -> int:
     return int(values.pop())
 
 
-def _stacked(experts: nn.Module, num_experts: int) -> dict[str, Tensor]:
-    """Tensors with an expert axis; a DTensor's shape is that of the whole, so sharding does not show here.
+def bare(module: Any) -> Any:
+    """A module without the adapters that PEFT puts around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
-    Experts that `gemopt.executor` placed have one row per slot of this rank, possibly fewer than experts, or none.
+
+def _rows(experts: Any, config: Any, row: Family, num_experts: int) -> set[int]:
+    """How many rows a tensor with an expert axis may have.
+
+    Experts that `gemopt.executor` placed have one per slot of this rank, possibly fewer than experts, or none.
     """
-    if hasattr(experts, "gemopt_dispatch"):
-        num_experts = min(num_experts, int(experts.num_experts))  # type: ignore[arg-type]
+    field, default = row.identity_experts or ("", 0)
+    placed = {int(experts.num_experts)} if hasattr(experts, "gemopt_dispatch") else set()
+    return {num_experts, num_experts + int(getattr(config, field, default)), *placed}
+
+
+def _stacked(experts: nn.Module, rows: set[int]) -> dict[str, Tensor]:
+    """Tensors with an expert axis; a DTensor's shape is that of the whole, so sharding does not show here."""
     tensors = {**dict(experts.named_parameters(recurse=False)), **dict(experts.named_buffers(recurse=False))}
-    return {name: tensor for name, tensor in tensors.items() if tensor.ndim >= 2 and tensor.shape[0] >= num_experts}
+    return {name: tensor for name, tensor in tensors.items() if tensor.ndim and tensor.shape[0] in rows}
+
+
+def _inner(experts: Any) -> int | None:
+    """Intermediate size by the experts' own word, which weights that are packed do not show."""
+    return getattr(experts, "intermediate_dim", None) or getattr(experts, "intermediate_size", None)
 
 
 def _local_rows(tensor: Tensor) -> int:
@@ -222,5 +262,5 @@ def _local_rows(tensor: Tensor) -> int:
 def _has(block: nn.Module, name: str) -> bool:
     value: Any = block
     for part in name.split("."):
-        value = getattr(value, part, None)
+        value = getattr(bare(value), part, None)
     return isinstance(value, Tensor)

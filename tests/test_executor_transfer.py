@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -91,9 +93,10 @@ def test_layers_that_travel_together_have_rows_of_their_own():
     assert alone.tensors["up"].data_ptr() == together[0].tensors["up"].data_ptr()
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("shape", "refused"), [((8, 3), True), ((5, 4), True), ((1,), False), ((3,), False)])
-def test_companions_of_experts_that_are_not_sharded_with_them_are_refused(shape, refused):
-    """They would stay behind when experts move, on a rank with 4 of 8."""
+def test_companions_of_experts_that_are_not_sharded_with_them_are_refused(shape, refused, packed):
+    """They would stay behind when experts move, on a rank with 4 of 8; also what a kernel keeps in an object."""
     pytest.importorskip("transformers")
     from gemopt import InputError
     from gemopt.executor.expert_parallel import SlotDispatch
@@ -102,9 +105,28 @@ def test_companions_of_experts_that_are_not_sharded_with_them_are_refused(shape,
     dispatch.num_experts, dispatch.num_local_experts = 8, 4
     dispatch.experts = torch.nn.Module()
     dispatch.experts.register_parameter("down_proj", torch.nn.Parameter(torch.zeros(4, 2)))
-    dispatch.experts.register_buffer("gain", torch.zeros(shape))
+    if packed:
+        dispatch.experts.gain = SimpleNamespace(shape=torch.Size(shape))
+    else:
+        dispatch.experts.register_buffer("gain", torch.zeros(shape))
     if refused:
         with pytest.raises(InputError, match=r"experts\.gain: got shape"):
             dispatch._refuse_left_behind({"down_proj": dispatch.experts.down_proj})
     else:
         dispatch._refuse_left_behind({"down_proj": dispatch.experts.down_proj})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_experts_with_adapters_do_not_move(depth):
+    from gemopt import InputError
+    from gemopt.executor.checks import check_unwrapped
+
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.gemopt_dispatch = None
+    check_unwrapped(model)
+    for _ in range(depth):
+        wrapper = torch.nn.Module()
+        wrapper.base_layer, model.experts = model.experts, wrapper
+    with pytest.raises(InputError, match=r"experts(\.base_layer)+: got experts with an adapter of PEFT"):
+        check_unwrapped(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,17 @@ pytest.importorskip("transformers")
 from installed_families import INSTALLED, MISSING  # noqa: E402
 
 from gemopt.exceptions import InputError  # noqa: E402
-from gemopt.models import FAMILIES, describe, family, find_moe_layers, num_hidden_layers, renamed, tensor_role, tiny  # noqa: E402
+from gemopt.models import (  # noqa: E402
+    FAMILIES,
+    auto_class,
+    describe,
+    family,
+    find_moe_layers,
+    num_hidden_layers,
+    renamed,
+    tensor_role,
+    tiny,
+)
 
 GROUPS = {"deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "beam"}  # tiny ones have 4 groups and keep 2
 TOKENS = (torch.arange(48) * 37 % 250 + 3).view(3, 16)
@@ -223,3 +234,97 @@ def test_models_that_cannot_be_used():
     unstacked.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(8))
     with pytest.raises(InputError, match="stacked in one tensor"):
         find_moe_layers(unstacked)
+
+
+class Wrapped(torch.nn.Module):
+    """As PEFT puts an adapter around a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.base_layer = module
+
+    def forward(self, *given):
+        return self.base_layer(*given)
+
+
+def test_experts_and_routers_with_adapters_are_known():
+    network = tiny("qwen3_moe")
+    plain = find_moe_layers(network)
+    for layer in plain:
+        layer.block.gate, layer.block.experts = Wrapped(layer.router), Wrapped(Wrapped(layer.experts))
+    found = find_moe_layers(network)
+    assert [layer.experts for layer in found] == [layer.experts for layer in plain]
+    assert [(x.expert_bytes, x.router_tensors) for x in found] == [(x.expert_bytes, x.router_tensors) for x in plain]
+    assert found[0].tensor("gate.weight") is plain[0].router.weight
+
+
+def test_packed_experts_tell_their_own_size():
+    network = tiny("gpt_oss")
+    for layer in find_moe_layers(network):
+        packed = torch.zeros(8, 32, 16 // 2, dtype=torch.uint8)  # two numbers of four bits in a byte
+        layer.experts.down_proj = torch.nn.Parameter(packed, requires_grad=False)
+        layer.experts.down_scales = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+    layer = find_moe_layers(network)[0]
+    assert (layer.intermediate_size, layer.expert_tensors["down_scales"]) == (16, 0)
+    assert layer.expert_bytes == 4 * 32 * 32 + 32 * 8 + 4 * (2 * 16 + 32) + 4
+    for name in ("gate_up_proj", "down_proj"):  # kernels that keep weights in objects of their own leave the biases
+        delattr(layer.experts, name)
+    with pytest.raises(InputError, match="stacked in one tensor"):
+        describe(network)
+
+
+def test_towers_with_experts_are_not_of_the_decoder():
+    network = tiny("qwen3_moe")
+    network.model.visual = torch.nn.Module()
+    network.model.visual.layers = deepcopy(network.model.layers)
+    assert [layer.layer_id for layer in find_moe_layers(network)] == [1, 2]
+
+
+def test_a_config_that_says_other_numbers_than_the_network_has():
+    network = tiny("qwen3_moe")
+    for number in (4, 16):
+        network.config.num_experts = number
+        with pytest.raises(InputError, match=rf"\[8, 32, 32\].*\[{number}, \.\.\.\] are needed.*config\.num_experts"):
+            find_moe_layers(network)
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        (lambda logits, weights, ids: (logits, weights[:, :1], ids[:, :1]), r"int64 \[4, 1\]"),
+        (lambda logits, weights, ids: (ids, weights), r"float32 \[4, 2\]"),
+        (lambda logits, weights, ids: (logits,), r"float32 \[4, 8\]"),
+        (lambda logits, weights, ids: logits, r"float32 \[4, 8\]"),
+        (lambda logits, weights, ids: ids, r"int64 \[4, 2\]"),
+    ],
+)
+def test_routers_that_return_anything_else_are_refused(returned, shown):
+    layer = find_moe_layers(tiny("qwen3_moe"))[0]
+    logits, weights, ids = layer.router(torch.ones(4, 32))
+    assert torch.equal(layer.chosen((logits, weights, ids)), ids)
+    with pytest.raises(InputError, match=rf"mlp\.gate: got \w+ returned {shown} last; ids .* \[tokens, 2\]"):
+        layer.chosen(returned(logits, weights, ids))
+
+
+def test_networks_of_ones_own():
+    network = tiny("qwen3_moe")
+    network.config.model_type = "my_moe"
+    with pytest.raises(InputError, match=r'my_moe; known MoE families.*FAMILIES\["its_type"\] = family\("mixtral"\)'):
+        find_moe_layers(network)
+    FAMILIES["my_moe"] = family("qwen3_moe")
+    try:
+        assert len(find_moe_layers(network)) == 2
+        layer = network.model.layers[2]
+        layer.mlp.router = layer.mlp.__dict__["_modules"].pop("gate")
+        with pytest.raises(InputError, match=r"layers\.2\.mlp: got Qwen3MoeSparseMoeBlock; a router named 'gate'"):
+            find_moe_layers(network)
+    finally:
+        del FAMILIES["my_moe"]
+
+
+def test_networks_that_do_not_predict_a_next_token_have_no_class():
+    from transformers import AutoConfig
+
+    assert auto_class(AutoConfig.for_model("qwen2_audio")).__name__ == "AutoModelForMultimodalLM"
+    with pytest.raises(InputError, match="model_type: got switch_transformers; a network that transformers knows"):
+        auto_class(AutoConfig.for_model("switch_transformers"))

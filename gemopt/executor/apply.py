@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
 from gemopt.executor.background import Background
-from gemopt.executor.checks import check_network, check_ranks, check_uncompiled
+from gemopt.executor.checks import check_network, check_ranks, check_unwrapped
 from gemopt.executor.council import refuse_together
 from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
@@ -82,7 +82,7 @@ class Executor:
                 "no experts are served by gemopt",
                 f'load it with DistributedConfig(..., ep_size=N, ep_implementation="{NAME}")',
             )
-        check_uncompiled(model)
+        check_unwrapped(model)
         if ranks_per_node is not None and ranks_per_node < 1:
             raise InputError("ranks_per_node", ranks_per_node, "at least 1")
         self.model: Any = model
@@ -256,7 +256,7 @@ class Executor:
         found: list[tuple[Plan, dict[str, Any]]] = []
 
         def look() -> dict[str, str]:
-            check_uncompiled(self.model)
+            check_unwrapped(self.model)
             if self._background is not None and not self._background.done:
                 raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
             placement = Placement.of(given)
@@ -341,7 +341,7 @@ class Executor:
 
 
 def _layer_id(path: str) -> int:
-    return int(re.findall(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", path)[-1])
+    return int(re.findall(r"(?:^|\.)layers\.(\d+)\.", path)[-1])
 
 
 def _kept_fields(placement: Placement) -> dict[str, Any]:

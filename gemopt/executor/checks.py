@@ -28,8 +28,8 @@ def check_network(placement: Placement, layer_ids: Sequence[int], num_experts: i
         raise InputError("Placement.model", placement.model, f"the model is {path or config.model_type}", hint)
 
 
-def check_uncompiled(model: Any) -> None:
-    """Raise `InputError` where hooks of the whole model would be compiled with it, or left out."""
+def check_unwrapped(model: Any) -> None:
+    """Raise `InputError` where hooks of the whole model would be left out, or experts have parts that do not move."""
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise InputError(
             "model",
@@ -37,6 +37,10 @@ def check_uncompiled(model: Any) -> None:
             "moves are put in force between its forward passes, by hooks that compiling leaves out",
             "compile its layers instead: for layer in model.model.layers: layer.compile()",
         )
+    for path, module in model.named_modules():
+        if hasattr(module, "gemopt_dispatch") and path.endswith(".base_layer"):
+            limit = "what an adapter adds to single experts would stay behind when they move"
+            raise InputError(path, "experts with an adapter of PEFT", limit, "merge it first (merge_and_unload)")
 
 
 def check_ranks(placement: Placement, num_ranks: int, rank: int) -> None:

@@ -27,9 +27,11 @@ except ImportError as error:
 from gemopt.executor.plan import LayerRow
 from gemopt.executor.splits import Assigned, Routing, positions
 from gemopt.executor.transfer import wrong_rows
+from gemopt.models.checkpoint_names import of_tower
 from gemopt.placement import EMPTY
 
 NAME = "gemopt"
+FILES = "serve this model from a permuted checkpoint (gemopt export --to checkpoint)"
 
 
 class Meter(Protocol):
@@ -148,8 +150,9 @@ class SlotDispatch(AllToAllEP):
                     "whole experts on every rank",
                     "use ep_size = fsdp_size x tp_size in DistributedConfig",
                 )
-        if not local:
-            raise InputError("experts", type(self.experts).__name__, "expert weights sharded by ep_plan")
+        if all(tensor.ndim < 3 for tensor in local.values()):
+            limit = "expert weights sharded by ep_plan, as tensors [experts, ..., ...]"
+            raise InputError("experts", type(self.experts).__name__, limit, FILES)
         self._refuse_left_behind(sharded)
         _release_from_fsdp(self.experts)
         for name, tensor in local.items():
@@ -161,14 +164,15 @@ class SlotDispatch(AllToAllEP):
 
     def _refuse_left_behind(self, moved: Mapping[str, Tensor]) -> None:
         """A companion of the experts that is not sharded with them would stay when they move."""
-        others = {**dict(self.experts.named_parameters()), **dict(self.experts.named_buffers())}
+        held = {name: value for name, value in vars(self.experts).items() if hasattr(value, "shape")}
+        others = {**held, **dict(self.experts.named_parameters()), **dict(self.experts.named_buffers())}
         for name, tensor in others.items():
             if name not in moved and {self.num_experts, self.num_local_experts} & set(tensor.shape) - {1}:
                 raise InputError(
                     f"experts.{name}",
                     f"shape {list(tensor.shape)}",
                     "what has an axis of experts must be sharded with their weights by the ep_plan",
-                    "serve this model from a permuted checkpoint (gemopt export --to checkpoint)",
+                    FILES,
                 )
 
     def routing_for(self, row: LayerRow) -> Routing:
@@ -223,9 +227,9 @@ def _refuse_loading(experts: Any, state: Mapping[str, Any], prefix: str, *_: obj
 
 
 def dispatches(model: nn.Module) -> list[tuple[str, SlotDispatch]]:
-    """(path of the experts module, its dispatch), in the order of the layers."""
+    """(path of the experts module, its dispatch), in the order of the decoder's layers."""
     found = [(path, getattr(module, "gemopt_dispatch", None)) for path, module in model.named_modules()]
-    return [(path, dispatch) for path, dispatch in found if dispatch is not None]
+    return [(path, dispatch) for path, dispatch in found if dispatch is not None and not of_tower(path)]
 
 
 EPImplementationInterface.register(NAME, SlotDispatch)

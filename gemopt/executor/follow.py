@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
 from gemopt.executor import groups
-from gemopt.executor.checks import check_uncompiled
+from gemopt.executor.checks import check_unwrapped
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.placement import Placement
 
@@ -146,7 +146,7 @@ class Follow:
 
     def _ready(self) -> dict[str, str]:
         """Refuse what cannot be followed; a controller goes on from what is in force."""
-        check_uncompiled(self.executor.model)
+        check_unwrapped(self.executor.model)
         if self.window < 1:
             raise InputError("window", self.window, "forward passes, at least 1")
         if self.controller is not None:
