@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 from gemopt.models import describe, find_moe_layers, num_hidden_layers
 from gemopt.profiling.tracing.counts import Part
 from gemopt.profiling.tracing.files import TraceFolder, load_ranks
+from gemopt.profiling.tracing.heeded import check_heeded, plain
 from gemopt.profiling.tracing.hidden import Hidden, HiddenSample
 from gemopt.profiling.tracing.pending import Pending, Step, requests_of
 from gemopt.profiling.tracing.streams import Streams, cache_in, cache_of, eos_tokens, mark_real, ranks_of
@@ -143,6 +144,8 @@ class Tracer:
                 self._handles.append(self._model.register_forward_pre_hook(self._call, with_kwargs=True))
             for index, layer in enumerate(self._layers):
                 self._handles.append(layer.router.register_forward_hook(self._router_hook(index)))
+                look = self._experts_hook(index)
+                self._handles.append(layer.experts.register_forward_pre_hook(look, with_kwargs=True))
                 if self._hidden is not None:
                     self._handles.append(layer.router.register_forward_pre_hook(self._hidden_hook(index)))
         return self
@@ -240,17 +243,24 @@ class Tracer:
             step = self._step
             if step is None:  # recomputed for a backward pass, or called outside the decoder
                 return
-            ids_NK, target_NK = _plain(chosen(output)), step.targets[index]
+            ids_NK, target_NK = plain(chosen(output)), step.targets[index]
             step.seen[index] = (step.seen[index] or 0) + ids_NK.shape[0]  # twice where layers share it
             if ids_NK.shape[0] == target_NK.shape[0]:
                 target_NK.copy_(ids_NK)
 
         return hook
 
+    def _experts_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._step is not None and self._step.seen[index] and not self.num_steps:
+                check_heeded(self._layers[index], self._step.targets[index], (*args, *kwargs.values()))
+
+        return hook
+
     def _hidden_hook(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if self._step is not None and self._step.picked is not None:
-                self._step.picked.take(index, _plain(args[0]))
+                self._step.picked.take(index, plain(args[0]))
 
         return hook
 
@@ -338,7 +348,3 @@ class Tracer:
             alive_TB &= stream.alive
         stream.alive = alive_TB[-1]
         pending.real_C.narrow(0, begin, size).logical_and_(alive_TB.view(-1))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
