@@ -131,11 +131,11 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
     Raises
     ------
     InputError
-        When the path holds no config of a known MoE family.
+        When the path holds no config of a known MoE family, or none that makes a network.
     """
     from transformers import AutoConfig
 
-    from gemopt.models import auto_class, describe, family, find_moe_layers, model_path
+    from gemopt.models import auto_class, describe, find_moe_layers, model_path
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line at the end, not one for each retry
     path = model_path(path)
@@ -146,12 +146,17 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError("--model", path, "a folder or hub name with a transformers config", first) from None
     auto = auto_class(config)
-    text = config.get_text_config()
-    with torch.device("meta"):
-        whole = describe(auto.from_config(config))
-        local = local_experts(whole.num_experts or 1, ep_size, rank)
-        setattr(text, family(text.model_type).num_experts, local)
-        experts = find_moe_layers(auto.from_config(config))[0].experts
+    try:
+        with torch.device("meta"):
+            network = auto.from_config(config)
+    except Exception as error:
+        raise InputError("--model", path, "a config of a network", f"{type(error).__name__}: {error}") from None
+    whole, first = describe(network), find_moe_layers(network)[0]
+    local = local_experts(whole.num_experts or 1, ep_size, rank)
+    experts: Any = first.experts
+    for name in first.expert_tensors:  # as transformers' expert parallelism shards them
+        experts._parameters[name] = nn.Parameter(getattr(experts, name)[:local], requires_grad=False)
+    experts.num_experts = local
     layer_bytes = local * (whole.expert_bytes or 1)
     forwards: list[Forward] = [_filled(experts, device) for _ in range(copies_needed(layer_bytes, device.cache_bytes))]
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"

@@ -146,6 +146,21 @@ def test_a_models_own_experts_run_with_the_experts_of_one_rank(model_type: str, 
     assert out.shape == (10, 32) and torch.isfinite(out).all()
 
 
+def test_a_rank_with_one_expert_of_a_network_that_would_be_dense_with_one(tmp_path: Path) -> None:
+    tiny("jamba").config.save_pretrained(tmp_path)
+    workload = from_model(str(tmp_path), Device("cpu"), ep_size=8, rank=3)
+    assert (workload.shape.num_experts, workload.shape.num_local_experts) == (8, 1)
+    assert workload.prepare(5, 1)().shape == (5, 32)
+
+
+def test_a_config_that_makes_no_network_is_one_line(tmp_path: Path) -> None:
+    config = tiny("mixtral").config
+    config.rope_parameters = {"rope_type": "nothing known"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"--model: got .*; a config of a network; KeyError: 'nothing known'"):
+        from_model(str(tmp_path), Device("cpu"), ep_size=2, rank=0)
+
+
 def test_the_network_that_comes_with_gemopt_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("asked the hub"))
