@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from gemopt import InputError, Placement
 from gemopt.executor import checkpoint
-from gemopt.executor.checkpoint import export_checkpoint, read_header
+from gemopt.executor.checkpoint import expert_sizes, export_checkpoint, read_header
 from gemopt.models import auto_class, find_moe_layers, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,3 +290,22 @@ def test_groups_of_a_config_are_kept_whatever_the_method(source, tmp_path):
     (tmp_path / "more" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="mix routing groups"):
         export_checkpoint(shuffled(layers), tmp_path / "more", tmp_path / "new")
+
+
+@pytest.mark.parametrize("key", ["text_config", "llm_config", "language_config"])
+def test_the_text_part_of_a_network_that_sees_is_found_by_its_publishers_word(tmp_path, key):
+    model = tiny("qwen3_moe")
+    model.save_pretrained(tmp_path / "text")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    tensors = load_file(tmp_path / "text" / "model.safetensors")
+    (tmp_path / "whole").mkdir()
+    whole = {"model_type": "internvl_chat", key: config, "vision_config": {"num_hidden_layers": 9, "num_experts": 4}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    save_file({f"language_model.{k}": v for k, v in tensors.items()}, tmp_path / "whole" / "model.safetensors")
+    placement = shuffled([1, 2])
+    assert expert_sizes(tmp_path / "whole", placement) == [4 * 3 * 32 * 16] * 2
+    apart = load_file(export_checkpoint(placement, tmp_path / "text", tmp_path / "a") / "model.safetensors")
+    together = load_file(export_checkpoint(placement, tmp_path / "whole", tmp_path / "b") / "model.safetensors")
+    assert {k.removeprefix("language_model."): v.tobytes() for k, v in together.items()} == {
+        k: v.tobytes() for k, v in apart.items()
+    }

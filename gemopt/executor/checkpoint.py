@@ -28,6 +28,7 @@ from gemopt.executor.permutation import (
     check_experts,
     decoder_layers,
     permutation_of,
+    text_part,
 )
 from gemopt.models.checkpoint_names import tensor_role
 from gemopt.models.families import family
@@ -173,7 +174,7 @@ def expert_sizes(source: str | os.PathLike[str], placement: Placement) -> list[i
         When the placement is not for all MoE layers and all experts of the checkpoint.
     """
     config = read_config(Path(source))
-    text = config.get("text_config") or config
+    text = text_part(config)
     row = family(str(text.get("model_type", "")))
     check_experts(placement, text, row)
     sizes, layers = dict[int, int](), decoder_layers(text)

@@ -19,6 +19,11 @@ from gemopt.placement import Placement
 IntArray = NDArray[np.int64]
 # transformers writes one name or another, and so do publishers
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TEXTS = (
+    "text_config",
+    "llm_config",
+    "language_config",
+)  # of networks that also see or hear
 GROUPS = (("n_group", "num_expert_group"), ("topk_group",))  # names of how many there are, of how many are kept
 
 
@@ -78,7 +83,7 @@ class Permutation:
 
 def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutation:
     """New slot -> expert of every layer, with the slots of a rank ordered to keep routing groups together."""
-    text = config.get("text_config") or config
+    text = text_part(config)
     row = family(str(text.get("model_type", "")))
     if placement.has_copies or placement.has_empty_slots or not placement.equal_slots:
         raise UnsupportedError(
@@ -99,6 +104,11 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
     field, missing = row.identity_experts or ("", 0)
     sizes = Sizes.of(text, placement.num_experts, int(text.get(field, missing)))
     return Permutation(row, order, sizes, placement.layer_ids[-1] + 1 if layers is None else layers)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of the network of language in it."""
+    return next((config[key] for key in TEXTS if isinstance(config.get(key), Mapping) and config[key]), config)
 
 
 def check_experts(placement: Placement, config: Mapping[str, Any], row: Family) -> None:
