@@ -12,7 +12,7 @@ from gemopt.models.checkpoint_names import TensorRole, renamed, tensor_role
 from gemopt.models.families import FAMILIES, Family, family
 
 if TYPE_CHECKING:
-    from gemopt.models.layers import MoeLayer, auto_class, describe, find_moe_layers, num_hidden_layers
+    from gemopt.models.layers import MoeLayer, auto_class, describe, find_moe_layers, from_files, num_hidden_layers
     from gemopt.models.tiny_models import tiny
 
 _HOME = {
@@ -20,6 +20,7 @@ _HOME = {
     "auto_class": "layers",
     "describe": "layers",
     "find_moe_layers": "layers",
+    "from_files": "layers",
     "num_hidden_layers": "layers",
     "tiny": "tiny_models",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "describe",
     "family",
     "find_moe_layers",
+    "from_files",
     "model_path",
     "num_hidden_layers",
     "renamed",

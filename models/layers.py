@@ -150,6 +150,16 @@ def auto_class(config: Any) -> Any:
     return found
 
 
+def from_files(auto: Any, source: Any, **options: Any) -> Any:
+    """`auto.from_pretrained(source, ...)` in evaluation mode; `InputError` where the files lack weights."""
+    model, told = auto.from_pretrained(source, output_loading_info=True, **options)
+    if lacking := sorted(told["missing_keys"]):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        limit = "all weights of the network: what is missing would be random"
+        raise InputError("weights", f"no {lacking[0]}{more}", limit, "is config.json that of these files?")
+    return model.eval()
+
+
 def num_hidden_layers(model: nn.Module) -> int:
     """Decoder layers of a MoE model, dense ones included."""
     path = find_moe_layers(model)[0].path

@@ -19,10 +19,12 @@ except ModuleNotFoundError as error:
 from safetensors import SafetensorError
 
 from gemopt.documents import foreign, read_bytes
-from gemopt.models import TINY_MOE, auto_class, model_path
+from gemopt.models import TINY_MOE, auto_class, from_files, model_path
 from gemopt.profiling.tracing import HiddenSample, Tracer
 from gemopt.profiling.tracing.hidden import hidden_bytes
 from gemopt.traces import Traces, hidden_path
+
+_OWN_CODE = "code that comes with weights is not run here: load it in Python, for gemopt.profiling.tracing.Tracer"
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,16 @@ def load_model(model: str, *, device: str | None = None) -> tuple[Any, Any]:
 
         options["distributed_config"] = DistributedConfig(tp_size=world, tp_plan="auto", ep_size=world)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-        loaded = auto_class(config).from_pretrained(name, **options).eval()
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        loaded = from_files(auto_class(config), name, **options)
+    except InputError as error:
+        raise InputError("model", f"{model} ({error.field}: {error.value})", error.limit, error.hint) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         found = f"{model} ({_first_line(error)})" if Path(name).is_dir() else model
         limit = f"a folder of a transformers model, a name in the local Hugging Face cache, or {TINY_MOE}"
-        raise InputError("model", found, limit) from None
+        raise InputError("model", found, limit, _OWN_CODE if "custom code" in str(error) else "") from None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError("model", f"{model} ({_first_line(error)})", "a tokenizer saved beside the weights") from None
     if world == 1:

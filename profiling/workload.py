@@ -141,7 +141,7 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
     path = model_path(path)
     try:
         _ask_once(path)
-        config: Any = AutoConfig.from_pretrained(path)
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError("--model", path, "a folder or hub name with a transformers config", first) from None

@@ -205,6 +205,36 @@ def test_models_that_cannot_be_loaded(folder, tmp_path, capsys):
     assert "broken" in refusal(capsys, *options)
 
 
+def test_weights_that_are_not_in_the_files_are_not_made_up(folder, tmp_path, capsys):
+    """transformers makes them at random and says so in a log: a trace of them would be of no network."""
+    from safetensors.torch import load_file, save_file
+
+    from gemopt.executor.load import load
+
+    prompts, lost = tmp_path / "p.txt", tmp_path / "lost"
+    prompts.write_text("x\n")
+    shutil.copytree(folder, lost)
+    tensors = load_file(lost / "model.safetensors")
+    router = next(name for name in tensors if name.endswith("gate.weight"))
+    save_file({k: v for k, v in tensors.items() if k != router}, lost / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(capsys, "trace", "--model", lost, "--prompts", prompts, "-o", tmp_path / "t.safetensors")
+    assert f"(weights: no {router}); all weights of the network: what is missing would be random" in line
+    with pytest.raises(InputError, match=f"weights: got no {router}"):
+        load(lost)
+
+
+def test_code_beside_the_weights_is_not_run(folder, tmp_path, capsys):
+    prompts, own = tmp_path / "p.txt", tmp_path / "own"
+    prompts.write_text("x\n")
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "my_moe", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "own.py").write_text("raise SystemExit('ran')\n")
+    line = refusal(capsys, "trace", "--model", own, "--prompts", prompts, "-o", tmp_path / "t.safetensors")
+    assert "is not run here: load it in Python, for gemopt.profiling.tracing.Tracer" in line
+
+
 def test_prompts_and_batches(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("a\n \nb\n")

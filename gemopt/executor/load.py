@@ -20,7 +20,7 @@ from gemopt.executor.checkpoint import read_config, read_header, weight_files
 from gemopt.executor.configs import other_files, renamed_modules
 from gemopt.executor.expert_parallel import NAME
 from gemopt.executor.permutation import Permutation, TensorInfo, check_coverage, permutation_of
-from gemopt.models import auto_class
+from gemopt.models import auto_class, from_files
 from gemopt.placement import GivenPlacement, Placement
 
 Layout = Literal["shared", "own"]
@@ -36,11 +36,12 @@ def load(source: str | os.PathLike[str], distributed_config: DistributedConfig |
     """A causal language model from a checkpoint folder, in evaluation mode, sharded as told."""
     read_config(Path(source))
     try:
-        auto = auto_class(AutoConfig.from_pretrained(source))
-        model = auto.from_pretrained(source, distributed_config=distributed_config, **options)
+        auto = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        return from_files(auto, source, distributed_config=distributed_config, **options)
+    except InputError:
+        raise
     except (ValueError, RuntimeError) as error:  # transformers' word for a layout that does not suit the model
         raise InputError(str(source), str(error), "a checkpoint and a layout that transformers can load") from None
-    return model.eval()
 
 
 def load_permuted(
@@ -61,17 +62,16 @@ def load_permuted(
     placement, folder = Placement.of(placement), Path(source)
     permutation = permutation_of(placement, read_config(folder))
     other_files(folder, permutation)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if isinstance(told := getattr(config, "quantization_config", None), dict):
         config.quantization_config = renamed_modules(told, "config.json", permutation)
     mapping: Any = auto_class(config)._model_mapping
     model_class: Any = mapping[type(config)]
     options = {"dtype": getattr(config, "dtype", None) or "auto", **options}
     state = permuted_state(folder, permutation)
-    model = model_class.from_pretrained(
-        None, config=config, state_dict=state, distributed_config=distributed_config, **options
+    return from_files(
+        model_class, None, config=config, state_dict=state, distributed_config=distributed_config, **options
     )
-    return model.eval()
 
 
 def permuted_state(folder: Path, permutation: Permutation) -> dict[str, Tensor]:
