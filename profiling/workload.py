@@ -151,10 +151,10 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
             network = auto.from_config(config)
     except Exception as error:
         raise InputError("--model", path, "a config of a network", f"{type(error).__name__}: {error}") from None
-    whole, first = describe(network), find_moe_layers(network)[0]
+    whole, layer = describe(network), find_moe_layers(network)[0]
     local = local_experts(whole.num_experts or 1, ep_size, rank)
-    experts: Any = first.experts
-    for name in first.expert_tensors:  # as transformers' expert parallelism shards them
+    experts: Any = layer.experts
+    for name in layer.expert_tensors:  # as transformers' expert parallelism shards them
         experts._parameters[name] = nn.Parameter(getattr(experts, name)[:local], requires_grad=False)
     experts.num_experts = local
     layer_bytes = local * (whole.expert_bytes or 1)
