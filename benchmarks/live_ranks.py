@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import statistics
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import logging
+from transformers import Qwen3MoeForCausalLM, logging
 
 from gemopt import Placement, Profile
 from gemopt.executor.expert_parallel import SlotDispatch, dispatches
@@ -30,6 +31,8 @@ from gemopt.profiling.workload import Experts
 
 QUOTAS = (0.5, 0.475, 0.425, 0.35)
 PROMPT = 8
+# What the installed transformers calls a cache; the older name warns in a later one.
+CACHE = "cache" if "cache" in inspect.signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
 
 
 def start() -> tuple[int, nn.Module, list[SlotDispatch]]:
@@ -110,7 +113,7 @@ class Decoding:
         self.experts_s: list[list[float]] = []
         self.counts: list[list[list[int]]] = []
         watch.experts_s, watch.counts = [], []
-        self.cache = model(tokens[:, :PROMPT], use_cache=True).past_key_values
+        self.cache = model(tokens[:, :PROMPT], use_cache=True)[CACHE]
 
     @property
     def left(self) -> int:
@@ -126,7 +129,7 @@ class Decoding:
             self.watch.begin()
             start = time.perf_counter()
             token = self.tokens[:, self.position : self.position + 1]
-            self.cache = self.model(token, past_key_values=self.cache, use_cache=True).past_key_values
+            self.cache = self.model(token, **{CACHE: self.cache}, use_cache=True)[CACHE]
             self.step_s.append(time.perf_counter() - start)
             self.position += 1
         self.watch.experts_s, self.watch.counts = [], []

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from cli_inputs import gemopt, gemopt_json  # noqa: E402
 from installed_families import INSTALLED  # noqa: E402
+from traced import CACHE  # noqa: E402
 
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import find_moe_layers, tiny  # noqa: E402
@@ -65,10 +66,10 @@ def test_ended_sequences_and_many_batches(tmp_path, monkeypatch):
     with Tracer(network, tmp_path / "t", hidden=HiddenSample(frozenset({1, 3, 5}), 99), eos_token_ids=(9,)) as tracer:
         for _ in range(2):
             with torch.no_grad(), tracer.task("a"):
-                cache, mask = network(input_ids=IDS, attention_mask=MASK).past_key_values, MASK
+                cache, mask = network(input_ids=IDS, attention_mask=MASK)[CACHE], MASK
                 for fed in ([8, 7, 10], [9, 9, 11], [6, 5, 4]):  # the second and first row end
                     mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-                    network(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, past_key_values=cache)
+                    network(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, **{CACHE: cache})
     found = with_hidden(Traces.load(tmp_path / "t"), tmp_path / "t" / "hidden.safetensors").tokens
     assert np.unique(found.request, return_counts=True)[1].tolist() == [4 + 1, 3 + 1, 5 + 3]
     routers = [layer.router for layer in find_moe_layers(network)]

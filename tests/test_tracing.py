@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from traced import traced
+from traced import CACHE, traced
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -76,11 +76,11 @@ def test_a_sequence_that_ended_is_not_counted(model, tmp_path):
 
     def run():
         cache = DynamicCache(config=model.config)
-        model(**left_padded(PROMPTS), past_key_values=cache)
+        model(**left_padded(PROMPTS), **{CACHE: cache})
         mask = left_padded(PROMPTS)["attention_mask"]
         for fed in ([8, 9, 10], [99, 9, 10], [PAD, 9, 99], [PAD, 9, PAD]):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-            model(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, past_key_values=cache)
+            model(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, **{CACHE: cache})
         model(**left_padded(PROMPTS))  # a new batch: all rows count again
 
     traces = traced(model, tmp_path / "t", run, eos_token_ids=(99,))
@@ -137,10 +137,10 @@ def test_networks_that_see(kind, tmp_path):
         network = auto_class(config).from_config(config).eval()
     batch = left_padded(PROMPTS)
     with Tracer(network, tmp_path / "t", ids=True, eos_token_ids=(9,)), torch.no_grad():
-        mask, cache = batch["attention_mask"], network(**batch).past_key_values
+        mask, cache = batch["attention_mask"], network(**batch)[CACHE]
         for fed in ([8, 9, 7], [6, 5, 9]):  # the second sequence ends, then the third
             mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-            network(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, past_key_values=cache)
+            network(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, **{CACHE: cache})
     traces, real = Traces.load(tmp_path / "t"), int(batch["attention_mask"].sum())
     assert traces.counts[:, 0].sum(axis=1).tolist() == [2 * real, 2 * 2, 2 * 1]
     assert traces.tokens.token_ids[-3:].tolist() == [8, 7, 6]

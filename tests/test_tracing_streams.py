@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from traced import traced
+from traced import CACHE, traced
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -45,10 +45,10 @@ def requests_by_step(traces):
 def test_batches_that_are_computed_in_turn_end_each_for_itself(model, tmp_path):
     def run():
         first, second = (DynamicCache(config=model.config) for _ in range(2))
-        model(prompt(), past_key_values=first)
-        model(prompt(), past_key_values=second)
+        model(prompt(), **{CACHE: first})
+        model(prompt(), **{CACHE: second})
         for tokens, cache in (((7, 8), first), ((END, 8), second), ((7, 8), first), ((5, 8), second), ((7, 8), first)):
-            model(fed(*tokens), past_key_values=cache)
+            model(fed(*tokens), **{CACHE: cache})
 
     traces = traced(model, tmp_path / "t", run, ids=True, eos_token_ids=(END,))
     assert traces.counts[:, 0].sum(axis=1).tolist() == [24, 24, 4, 2, 4, 2, 4]
@@ -57,10 +57,10 @@ def test_batches_that_are_computed_in_turn_end_each_for_itself(model, tmp_path):
 
 def test_a_cache_that_the_model_made_itself_is_known_again(model, tmp_path):
     def run():
-        first = model(prompt(1), use_cache=True).past_key_values
+        first = model(prompt(1), use_cache=True)[CACHE]
         second = model(prompt(1), use_cache=True, return_dict=False)[1]
-        model(fed(7), past_key_values=first)
-        model(prompt(1, 3), past_key_values=second)
+        model(fed(7), **{CACHE: first})
+        model(prompt(1, 3), **{CACHE: second})
 
     traces = traced(model, tmp_path / "t", run, ids=True)
     assert requests_by_step(traces) == [[0], [1], [0], [1]]
@@ -72,11 +72,11 @@ def test_a_copy_of_a_cache_is_another_request(model, tmp_path):
 
     def run():
         prefix = DynamicCache(config=model.config)
-        model(prompt(1), past_key_values=prefix)
+        model(prompt(1), **{CACHE: prefix})
         for _ in range(2):
             cache = copy.deepcopy(prefix)
-            model(prompt(1, 2), past_key_values=cache)
-            model(fed(8), past_key_values=cache)
+            model(prompt(1, 2), **{CACHE: cache})
+            model(fed(8), **{CACHE: cache})
 
     traces = traced(model, tmp_path / "t", run, ids=True)
     assert requests_by_step(traces) == [[0], [1], [1], [2], [2]]
@@ -93,7 +93,7 @@ def test_a_static_cache(model, tmp_path, wide):
     def forward(ids):
         seen = forward.seen = forward.seen + ids.shape[1]
         columns = mask if wide else mask[:, :seen]
-        model(ids, attention_mask=torch.where(torch.arange(columns.shape[1]) < seen, columns, 0), past_key_values=cache)
+        model(ids, attention_mask=torch.where(torch.arange(columns.shape[1]) < seen, columns, 0), **{CACHE: cache})
 
     def run():
         forward.seen = 0
@@ -120,8 +120,8 @@ def test_a_mask_that_does_not_cover_what_is_cached_is_refused(model, tmp_path):
             model,
             tmp_path / "t",
             lambda: [
-                model(prompt(), past_key_values=cache),
-                model(fed(7, 8), attention_mask=torch.ones(2, 1), past_key_values=cache),
+                model(prompt(), **{CACHE: cache}),
+                model(fed(7, 8), attention_mask=torch.ones(2, 1), **{CACHE: cache}),
             ],
         )
 
@@ -133,7 +133,7 @@ def test_a_cache_that_does_not_tell_its_length_is_refused(model, tmp_path):
     for number, (cache, name) in enumerate((([(keys, keys)] * 3, "list"), (stateful, "SimpleNamespace"))):
         limit = f"({'|'.join(CACHES)}): got {name}; .*tells how many tokens.*use_cache=False"
         with pytest.raises(InputError, match=limit):
-            traced(model, tmp_path / str(number), lambda cache=cache: model(fed(7, 8), past_key_values=cache))
+            traced(model, tmp_path / str(number), lambda cache=cache: model(fed(7, 8), **{CACHE: cache}))
     assert cache_of(SimpleNamespace(past_key_values=((keys, keys),))) is None
     assert cache_in({"past_key_values": None}) == (None, 0)
 
