@@ -12,12 +12,12 @@ from test_rules import random_rules
 
 from gemopt.evaluate import check_rules, evaluate
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.formats import vllm_plugin
 from gemopt.formats.approximate import approximate
 from gemopt.formats.devices import follow
+from gemopt.formats.engines import vllm_plugin
+from gemopt.formats.engines.vllm_controller import Decider
 from gemopt.formats.registry import export, import_placement
 from gemopt.formats.registry import get as engine
-from gemopt.formats.vllm_controller import Decider
 from gemopt.layer_rules import check_kept, rules_of
 from gemopt.online.controller import Controller
 from gemopt.online.policy import Policy

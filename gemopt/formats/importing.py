@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from gemopt.documents import replacing
 from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError
-from gemopt.formats import count_json, findings
+from gemopt.formats import findings
+from gemopt.formats.counts import json_files as count_json
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, made_up, ranges, same_for_all
 from gemopt.formats.registry import recorder

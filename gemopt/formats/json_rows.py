@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COUNTED, TABLES, numbered, words_of
+from gemopt.formats.names import COUNTED, TABLES, numbered, words_of
 
 JSON = re.compile(r'\s*(?:\{|\[\s*(?:-?\d|[\[{"]))')
 SETTINGS = {

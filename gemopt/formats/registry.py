@@ -19,19 +19,19 @@ from gemopt.rules import Rules
 from gemopt.words import counted
 
 _MODULES = {
-    "sglang": "sglang",
-    "tensorrt-llm": "tensorrt_llm",
-    "vllm": "vllm",
-    "vllm-map": "vllm_map",
-    "vllm-ascend": "vllm_ascend",
-    "lmdeploy": "lmdeploy",
-    "deepseek-eplb": "deepseek_eplb",
-    "csv": "csv_table",
-    "array": "array",
-    "tokens": "token_rows",
-    "checkpoint": "checkpoint",
-    "xllm": "checkpoint",
-    "llama.cpp": "llama_cpp",
+    "sglang": "engines.sglang",
+    "tensorrt-llm": "engines.tensorrt_llm",
+    "vllm": "engines.vllm",
+    "vllm-map": "engines.vllm_map",
+    "vllm-ascend": "engines.vllm_ascend",
+    "lmdeploy": "engines.lmdeploy",
+    "deepseek-eplb": "engines.deepseek_eplb",
+    "csv": "engines.csv_table",
+    "array": "engines.array",
+    "tokens": "tokens.rows",
+    "checkpoint": "engines.checkpoint",
+    "xllm": "engines.checkpoint",
+    "llama.cpp": "engines.llama_cpp",
 }
 NAMES = tuple(_MODULES)
 # How else people write the names, without case, "_", ".", "-" and blanks.

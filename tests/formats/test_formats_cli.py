@@ -10,8 +10,8 @@ from cli_inputs import gemopt
 
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
-from gemopt.formats.deepseek_eplb import tensors
 from gemopt.formats.engine import Facts
+from gemopt.formats.engines.deepseek_eplb import tensors
 from gemopt.formats.registry import export, import_placement, side_path
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample

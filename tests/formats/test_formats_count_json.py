@@ -10,7 +10,7 @@ import pytest
 from routed_counts import routed
 
 from gemopt.exceptions import InputError
-from gemopt.formats import count_json
+from gemopt.formats.counts import json_files as count_json
 from gemopt.traces import Phase
 
 COUNTS = routed(np.random.default_rng(3), steps=6, layers=3, experts=8, tokens=50)

@@ -20,7 +20,7 @@ from engine_modules import load, stub
 torch = pytest.importorskip("torch")
 
 from gemopt.exceptions import InputError  # noqa: E402
-from gemopt.formats import deepseek_eplb, vllm_plugin  # noqa: E402
+from gemopt.formats.engines import deepseek_eplb, vllm_plugin  # noqa: E402
 from gemopt.formats.importing import import_traces  # noqa: E402
 from gemopt.formats.registry import export  # noqa: E402
 from gemopt.placement import Placement  # noqa: E402

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.formats import devices, lmdeploy
+from gemopt.formats import devices
 from gemopt.formats.engine import Facts, WriteOptions
+from gemopt.formats.engines import lmdeploy
 from gemopt.formats.registry import engines, export, get, import_placement, obstacles, side_path
 from gemopt.placement import Placement
 
@@ -313,7 +314,7 @@ def test_commands_are_safe_to_paste(make_placement, tmp_path, name):
 
 def test_plugin_is_cheap_without_its_variable():
     code = (
-        "import sys; from gemopt.formats import vllm_plugin; vllm_plugin.register();"
+        "import sys; from gemopt.formats.engines import vllm_plugin; vllm_plugin.register();"
         "print([m for m in ('numpy', 'torch', 'pydantic', 'vllm') if m in sys.modules])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "GEMOPT_PLACEMENT"}

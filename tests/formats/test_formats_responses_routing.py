@@ -201,7 +201,7 @@ def test_rows_of_answers_alone_perhaps_packed(tmp_path, suffix, source):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_lines_that_are_too_long_are_named_once(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr("gemopt.formats.response_bodies.LINE_LIMIT", 64)
+    monkeypatch.setattr("gemopt.formats.responses.bodies.LINE_LIMIT", 64)
     path, text = tmp_path / f"a{suffix}", json.dumps(body(routing())).encode()
     path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
     with pytest.raises(InputError, match=rf"a\{suffix}: line 1: got 64 bytes; lines below 64 bytes$"):

@@ -19,8 +19,8 @@ from timed import timed  # noqa: E402
 from gemopt.costs import fit  # noqa: E402
 from gemopt.evaluate import objective  # noqa: E402
 from gemopt.exceptions import InputError  # noqa: E402
-from gemopt.formats import vllm_plugin  # noqa: E402
-from gemopt.formats.vllm_controller import STEPS, controlled_policy, mean_steps  # noqa: E402
+from gemopt.formats.engines import vllm_plugin  # noqa: E402
+from gemopt.formats.engines.vllm_controller import STEPS, controlled_policy, mean_steps  # noqa: E402
 from gemopt.migration import count_moves  # noqa: E402
 from gemopt.problem import Problem  # noqa: E402
 from gemopt.profile import MoeShape, Profile  # noqa: E402

@@ -1,0 +1,1 @@
+"""Counts of experts however they are kept: arrays, tables, JSON."""

@@ -1,0 +1,1 @@
+"""Responses of engines that tell the experts of their tokens."""

@@ -1,0 +1,1 @@
+"""Experts token by token, however they are kept: rows, arrays, sequences."""
