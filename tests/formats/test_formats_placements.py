@@ -322,9 +322,6 @@ def test_plugin_is_cheap_without_its_variable():
     assert done.stdout.strip() == "[]"
 
 
-# What a file says besides
-
-
 def test_layers_that_a_file_names_are_not_renamed(make_placement, tmp_path):
     for name, suffix in (("tensorrt-llm", ".yaml"), ("csv", ".csv")):
         path = tmp_path / f"map{suffix}"
