@@ -123,6 +123,7 @@ def test_relative_speeds_are_no_relative_times(tmp_path: Path, header: str, rows
         ("num_tokens", ["64", "80"]),
         ("gpu_name", ["H100", "A100"]),
         ("precision", ["bf16", "fp8"]),
+        ("instance_type", ["p4d", "p5"]),
     ],
 )
 def test_gpus_that_were_timed_under_other_workloads_are_no_fleet(tmp_path: Path, name: str, cells: list[str]) -> None:
@@ -149,6 +150,15 @@ def test_gpus_whose_times_are_none_are_no_fleet(tmp_path: Path, name: str, cell:
         ("pcie.link.width.current", ["16", "8"]),
         ("rack", ["r1", "r2"]),
         ("driver", ["550.1", "580.2"]),
+        ("n_samples", ["100", "99"]),
+        ("bar1_size", ["131072", "65536"]),
+        ("throttle_reasons", ["None", "SwPowerCap"]),
+        ("pstate", ["P0", "P2"]),
+        ("vbios_version", ["96.00.74.00.01", "96.00.74.00.02"]),
+        ("zone", ["us-east1-a", "us-east1-b"]),
+        ("cpu_affinity", ["0-31", "32-63"]),
+        ("comment", ["", "new fan"]),
+        ("measured_at", ["2026-11-01 10:00:00", "2026-11-02 10:00:00"]),
     ],
 )
 def test_readings_beside_the_times_of_gpus_are_read_over(tmp_path: Path, name: str, cells: list[str]) -> None:
@@ -156,6 +166,14 @@ def test_readings_beside_the_times_of_gpus_are_read_over(tmp_path: Path, name: s
     path = tmp_path / "fleet.csv"
     path.write_text(f"gpu,time_ms,{name}\n" + "".join(f"{i},{10 + i},{cells[i % 2]}\n" for i in range(5)))
     assert read_fleet(path).rel_time.tolist() == [10 / 12, 11 / 12, 1, 13 / 12, 14 / 12]
+
+
+def test_a_name_of_each_gpu_tells_no_workloads_apart(tmp_path: Path) -> None:
+    rows = "".join(f"{{}}label{i} x,{1 + i / 100}\n" for i in range(5))
+    numbered = "".join(line.format(f"{i},") + "\n" for i, line in enumerate(rows.splitlines()))
+    assert read_fleet(written(tmp_path, f"gpu,ticket,rel_time\n{numbered}")).gpus == list("01234")
+    with pytest.raises(InputError, match="kernel: got label0 x, label1 x, .*leave it out"):
+        read_fleet(written(tmp_path, f"kernel,rel_time\n{rows.replace('{}', '')}"))
 
 
 def test_gpus_of_several_hosts_are_told_apart(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from gemopt.formats.tables.columns import (
     DEVICES,
     HOSTS,
     LOADS,
+    MOMENT,
     MOMENTS,
     OF_A_DEVICE,
+    RESULTS,
     SHAPES,
     STATES,
     STATISTICS,
@@ -44,6 +46,12 @@ FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from
 SLOWEST, LARGEST_US = 1e3, 1e12  # times what another device takes
 KIND = {"name", "model", "type", "sku", "arch", "kind", "product"}
 """Words of columns that tell, where a GPU is one of several, its kind."""
+ABOUT = OF_A_DEVICE | set(HOSTS) | {
+    "datacenter", "dc", "site", "region", "zone", "cluster", "pool", "partition", "cloud", "numa", "cpu", "os", "pcie",
+    "position", "cooling", "serial", "asset", "tag", "tags", "label", "user", "owner", "bios", "vbios", "firmware", "ecc",
+    "bar1", "mig", "pstate", "throttle", "throttling", "health", "note", "notes", "comment", "comments", "remark", "remarks",
+}  # fmt: skip
+"""Words of columns that tell of a GPU where it is, what is on it, how it is."""
 READING = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)? ?[%a-z\u00b0\u00b5/]{0,6}", re.ASCII | re.IGNORECASE)
 """A number, perhaps with its unit: 1980 MHz."""
 FAR = 1.5  # a median that is further from 1 is not that of relative times
@@ -137,21 +145,30 @@ def _gpus(table: Table) -> list[str]:
     )
     for name in table.header:
         told = name in columns or name == "dataset" or words(name) & MOMENTS
-        if not told and (found := _kinds(table, name)):
-            hint = "keep one of them, or call the column dataset"
+        if not told and (found := _kinds(table, name, told_apart=bool(columns))):
+            hint = "keep one of them, or call the column dataset; if it tells nothing of the times, leave it out"
             raise InputError(f"{table.path}: {name}", listed(found), "rows of one workload", hint)
     for row in table.rows:
         refuse_summaries(table, row, columns)
     return ["/".join(row.cells[name] for name in columns) or row.where.split()[-1] for row in table.rows]
 
 
-def _kinds(table: Table, name: str) -> list[str]:
-    """The workloads, or kinds of GPU, that a column tells apart by words, or by the sizes of what was timed."""
+def _kinds(table: Table, name: str, *, told_apart: bool) -> list[str]:
+    """The workloads, or kinds of GPU, that a column tells apart by words, or by the sizes of what was timed.
+
+    told_apart: another column tells the GPUs apart.
+    """
     found = values(table.rows, name)
-    number = all(map(READING.fullmatch, filter(None, found)))
-    sizes = words(name) & ((SHAPES | LOADS) - {"per", "id", "width"}) and not words(name) & STATES
-    of_gpu = words(name) & OF_A_DEVICE and not (words(name) & KIND and 2 * len(found) <= len(table.rows))
-    return found if len(found) > 1 and (sizes if number else not of_gpu) else []
+    if len(found) < 2 or all(map(MOMENT.fullmatch, found)):
+        return []
+    parts = words(name) - {"n"} or {"n"}  # n_samples
+    if all(map(READING.fullmatch, filter(None, found))):
+        sizes = parts & ((SHAPES | LOADS) - {"per", "id", "width"}) and not parts & (STATES | RESULTS | ABOUT)
+        return found if sizes else []
+    own = told_apart and FEW < len(found) == len(table.rows)  # one more name of each
+    kind = (parts & OF_A_DEVICE and parts & KIND) or (parts & set(HOSTS) and "type" in parts)
+    several = kind and 2 * len(found) <= len(table.rows)
+    return found if several or not (own or parts & ABOUT) else []
 
 
 def _option(name: str) -> str:
