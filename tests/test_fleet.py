@@ -172,7 +172,7 @@ def test_a_name_of_each_gpu_tells_no_workloads_apart(tmp_path: Path) -> None:
     rows = "".join(f"{{}}label{i} x,{1 + i / 100}\n" for i in range(5))
     numbered = "".join(line.format(f"{i},") + "\n" for i, line in enumerate(rows.splitlines()))
     assert read_fleet(written(tmp_path, f"gpu,ticket,rel_time\n{numbered}")).gpus == list("01234")
-    with pytest.raises(InputError, match="kernel: got label0 x, label1 x, .*leave it out"):
+    with pytest.raises(InputError, match=r"kernel: got label0 x, label1 x, .*leave it out"):
         read_fleet(written(tmp_path, f"kernel,rel_time\n{rows.replace('{}', '')}"))
 
 

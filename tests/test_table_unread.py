@@ -38,6 +38,8 @@ def test_columns_with_one_value_that_nothing_reads_are_named(tmp_path: Path, mor
     [
         "hidden_size=2880,dtype=bf16,num_experts=32,warmup=5,iters=100,version=0.14.0,seq_len=512",
         "padded=False,note=,num_groups=1,std_us=0.5,tflops=123,gpu_name=H100,driver=580,date=2026-11-30",
+        "E=128,valid=1,is_correct=yes,status=PASS,state=completed,stat=median,aggregation=p50,num_runs=20,timeout=600",
+        "python=3.11,power_w=700,sm_clock_mhz=1980,mem_clock=2619,topk_normalized=True,timer=events,gpu=P40",
     ],
 )
 def test_what_was_measured_and_on_what_goes_without_saying(tmp_path: Path, more: str) -> None:

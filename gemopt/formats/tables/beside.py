@@ -19,6 +19,7 @@ from gemopt.formats.tables.columns import (
     SHAPES,
     SHORT_UNITS,
     SHOWN,
+    STATES,
     STATISTICS,
     TIME_UNITS,
     TIMES,
@@ -40,13 +41,14 @@ OTHER_METRICS = {
     "utilization", "util", "mfu", "power", "watts", "clock", "temperature", "temp", "energy", "memory", "bytes",
 }  # fmt: skip
 FLAGS = {"valid", "success", "succeeded", "passed", "pass", "ok", "correct", "converged"}
-STATES = {"status", "state", "outcome", "result", "verdict"}
+VERDICTS = {"status", "state", "outcome", "result", "verdict"}
 FAULTS = {"error", "errors", "err", "failed", "failure", "exception", "oom", "timeout", "timed_out"}
 MEASURED = re.compile(r"[^\w.]*(\d*\.?\d+(e[-+]?\d+)?|inf)\W*([munµ]?s|x|sec)?", re.ASCII)
 """A number and its unit, as `<0.5 us`."""
 YES = ("1", "1.0", "true", "yes")
 NO = {"0", "0.0", "false", "no", "n", "none", "nan", "null", "nil", "n/a", "-", ""}
 WELL = {"ok", "success", "succeeded", "passed", "cudasuccess", "hipsuccess"}
+DONE = WELL | {"pass", "done", "complete", "completed", "finished"}
 NO_FAULT = re.compile(r"(no|without)[ _-]*(error|fault|failure)s?")
 FAILED = {"fail", "failed", "failure", "error", "oom", "timeout", "crash", "crashed", "invalid", "skip", "skipped"}
 UNMEASURED = {
@@ -54,7 +56,8 @@ UNMEASURED = {
     "interpolated", "extrapolated",
 }  # fmt: skip
 COMPUTED = UNMEASURED | {"normalized", "normalised"}
-"""Words of flags that say so of times."""
+"""Words of flags that say so of times, alone or with these: `is_estimated`, but not `topk_normalized`."""
+OF_TIMES = COMPUTED | TIMES | {"is", "was", "are", "times", "us", "ms", "value", "values", "result", "results", "row"}
 FEW_WORDS = 3
 ORIGINS = {
     "source", "data_source", "latency_source", "time_source", "kind", "type", "method", "mode", "origin", "provenance",
@@ -90,7 +93,7 @@ SETTINGS = SHAPES | OF_A_DEVICE | STATISTICS | RESULTS | MOMENTS | {
     "dtype", "quant", "quantization", "precision", "activation", "weights", "framework", "backend", "version", "model",
     "name", "config", "kernel", "source", "test", "benchmark", "warmup", "warmups", "warm", "repetitions", "iters",
     "iterations", "seq", "len", "length", "context", "node", "host", "topk", "top", "seed", "graph", "torch", "cuda",
-    "commit", "note", "comment",
+    "commit", "note", "comment", "e", "python", "user", "timer", "timeout", "runs", "provider",
 }  # fmt: skip
 """Words of columns that may say anything of all rows: what was measured on, with, and how often."""
 
@@ -151,7 +154,7 @@ def _failed(column: str, cell: str) -> bool:
         return bool(told) and (told in NO - {"nan", "null", "nil", "n/a", "-", "none"} or bool(words(told) & FAILED))
     if (words(told) & WELL and "not" not in words(told)) or NO_FAULT.fullmatch(told):
         return False
-    if column in STATES:
+    if column in VERDICTS:
         return bool(words(told) & FAILED)
     return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not MEASURED.fullmatch(told))
 
@@ -162,7 +165,9 @@ def _refuse_computed(table: Table, read_over: Collection[str], way_out: str) -> 
         if plain(name) in ORIGINS:
             computed = [each for each in found if words(each) & UNMEASURED and len(words(each)) <= FEW_WORDS]
         else:
-            computed = [each for each in found if words(name) & COMPUTED and each.lower() in YES]
+            computed = [
+                each for each in found if words(name) & COMPUTED and words(name) <= OF_TIMES and each.lower() in YES
+            ]
         if computed:
             others = [value for value in found if value not in computed]
             hint = f"--where '{name}={others[0]}'" if others else f"if they were: {way_out.format(name)}"
@@ -243,9 +248,17 @@ def unread(table: Table, used: Collection[str], said: Sequence[str]) -> list[str
     for name in (each for each in table.header if not {each, plain(each)} & apart):
         told = values(table.rows, name)
         usual = (words(name) & SETTINGS and "per" not in words(name)) or (told[0] == "1" and words(name) & {"num", "n"})
+        usual = usual or (words(name) & STATES and is_numeric(table.rows, name)) or _heeded(plain(name), told[0])
         if len(told) == 1 and told[0].lower() not in NO and not usual and unit_of(name) is None:
             found.append(f"{name} {told[0]}")
     return [f"columns that say the same in all rows are left unread: {listed(found, 2 * SHOWN)}"] if found else []
+
+
+def _heeded(column: str, cell: str) -> bool:
+    """Whether a column would have been refused, did it not say that all is well, or medians were taken."""
+    if column in SUMMARIES:
+        return cell in MIDDLES or bool(words(cell) & MIDDLE)
+    return column.removeprefix("is_") in FLAGS or column in FAULTS or bool(column in VERDICTS and words(cell) & DONE)
 
 
 def _exchanged(table: Table, read_over: Collection[str]) -> list[str]:

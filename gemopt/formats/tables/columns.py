@@ -47,7 +47,7 @@ SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
     "heads", "width", "layers", "block", "id",
 }  # fmt: skip
-SUMMARIES = STATISTICS | {"all", "total", "sum", "overall"}  # of devices, and none itself
+SUMMARIES = STATISTICS - {"p40"} | {"all", "total", "sum", "overall"}  # of devices, and none itself, as a Tesla P40
 LOADS = {"tokens", "token", "rows", "assignments", "batch", "per", "m"}
 TIMES = {"latency", "time", "duration", "elapsed"}
 SHORT_UNITS = {"us": ("u", "micro", 1.0), "ms": ("m", "milli", 1e3), "ns": ("n", "nano", 1e-3), "s": ("", "", 1e6)}

@@ -48,8 +48,9 @@ KIND = {"name", "model", "type", "sku", "arch", "kind", "product"}
 """Words of columns that tell, where a GPU is one of several, its kind."""
 ABOUT = OF_A_DEVICE | set(HOSTS) | {
     "datacenter", "dc", "site", "region", "zone", "cluster", "pool", "partition", "cloud", "numa", "cpu", "os", "pcie",
-    "position", "cooling", "serial", "asset", "tag", "tags", "label", "user", "owner", "bios", "vbios", "firmware", "ecc",
-    "bar1", "mig", "pstate", "throttle", "throttling", "health", "note", "notes", "comment", "comments", "remark", "remarks",
+    "position", "cooling", "serial", "asset", "tag", "tags", "label", "user", "owner", "bios", "vbios", "firmware",
+    "ecc", "bar1", "mig", "pstate", "throttle", "throttling", "health", "note", "notes", "comment", "comments",
+    "remark", "remarks",
 }  # fmt: skip
 """Words of columns that tell of a GPU where it is, what is on it, how it is."""
 READING = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)? ?[%a-z\u00b0\u00b5/]{0,6}", re.ASCII | re.IGNORECASE)
