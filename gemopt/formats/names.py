@@ -80,7 +80,8 @@ MEASURED = {
 }
 NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
 DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
-_FIRST = re.compile(r"top_?\d", re.IGNORECASE)
+_FIRST = re.compile(r"top_?\d+", re.IGNORECASE)
+_SEVERAL = re.compile(r"top_?(?:[2-9]|\d\d+)", re.IGNORECASE)
 _FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
 _SHARE = re.compile(r"\d*\.\d+(?:[eE][+-]?\d+)?|\d+(?:\.\d+)? ?%", re.ASCII)
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
@@ -102,8 +103,9 @@ UNDERSTOOD = COUNTED | COUNTING | FRACTIONS | {
     "assignment", "activation", "activations", "activated", "selection", "selections", "selected", "choice", "choices",
     "chosen", "usage", "used", "use", "hit", "hist", "histogram", "histograms", "histories", "history", "distribution",
     "dist", "stat", "stats", "statistics", "record", "records", "recorded", "topk", "k", "top", "array", "data",
-    "matrix", "tensor", "values", "value", "e", "l", "t", "le", "tle", "table", "window", "raw", "model", "mlp",
-    "ffn", "block", "blk", "feed", "forward", "sparse", "language", "decoder", "prefill", "decode",
+    "arr", "matrix", "tensor", "values", "value", "e", "l", "t", "le", "tle", "table", "window", "raw", "run", "v",
+    "sum", "summed", "accumulated", "aggregated", "model", "mlp", "ffn", "block", "blk", "feed",
+    "forward", "sparse", "language", "decoder", "prefill", "decode",
 }  # fmt: skip
 """Words of names that leave no doubt, with all others known, that they hold the assignments of experts."""
 
@@ -163,9 +165,15 @@ def derived(name: str) -> str:
     return first[0] if first else min(words_of(name) & DERIVED, default="")
 
 
+def refuse_derived(where: object, name: str) -> None:
+    """Raise for what was made of counts, by its name; `top2` may be all choices there are."""
+    if (word := derived(name)) and not _SEVERAL.fullmatch(word):
+        raise InputError(str(where), name, "counts themselves", f"is {word} no word for it? rename it")
+
+
 def doubt_of_counts(name: str) -> list[str]:
-    """The note on counts whose name says more than is understood: `remote_counts`."""
-    whole = words_of(name) <= UNDERSTOOD
+    """The note on counts whose name says more than is understood: `remote_counts`, `top2_counts`."""
+    whole = words_of(name) <= UNDERSTOOD and not derived(name)
     return [] if whole else [f"{name} taken for the assignments of experts: is it all of them?"]
 
 

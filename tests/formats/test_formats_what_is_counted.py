@@ -42,7 +42,16 @@ def test_counts_whose_name_says_more_are_doubted(load, tmp_path, kind):
     traces, notes = load(written(tmp_path, kind, remote_counts=COUNTS), kind)
     assert (traces.counts == COUNTS).all()
     assert "remote_counts taken for the assignments of experts: is it all of them?" in notes
-    for name in ("counts", "expert_counts", "tokens_per_expert", "topk_counts", "moe_layer_expert_load"):
+    traces, notes = load(written(tmp_path, kind, top2_counts=COUNTS), kind)  # all, where tokens choose two
+    assert (traces.counts == COUNTS).all() and "top2_counts taken for the assignments" in notes
+    for name in (
+        "counts",
+        "counts_v2",
+        "expert_counts",
+        "tokens_per_expert",
+        "topk_counts",
+        "moe_layer_expert_load",
+    ):
         assert "all of them" not in load(written(tmp_path, kind, **{name: COUNTS}), kind)[1]
 
 

@@ -16,7 +16,16 @@ from gemopt.formats.counts.numbered_arrays import NAME_THEM, inner, joined, kind
 from gemopt.formats.counts.told import refuse_slots, says_nothing
 from gemopt.formats.engine import IntArray
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
-from gemopt.formats.names import COUNTED, MEASURED, NO_COUNTS, SCORES, derived, doubt_of_counts, words_of
+from gemopt.formats.names import (
+    COUNTED,
+    MEASURED,
+    NO_COUNTS,
+    SCORES,
+    derived,
+    doubt_of_counts,
+    refuse_derived,
+    words_of,
+)
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN, meant
@@ -112,8 +121,7 @@ def _pick(path: Path, data: dict[Any, Any], told: dict[str, Any], found: _Found,
     if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
         hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
         raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
-    if word := derived(key):
-        raise InputError(str(path), f"an array {key}", "counts themselves", f"is {word} no word for it? rename it")
+    refuse_derived(path, key)
     if notes is not None:
         notes += doubt_of_counts(key)
     found.names.append(key)

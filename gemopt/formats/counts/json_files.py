@@ -18,10 +18,19 @@ from typing import Any
 from gemopt.exceptions import InputError
 from gemopt.formats.counts import slot_maps
 from gemopt.formats.counts import told as count_told
-from gemopt.formats.counts.spread import Content, Rows, by_key, compact, is_whole, ndim, refuse_derived, spread
+from gemopt.formats.counts.spread import Content, Rows, by_key, compact, is_whole, ndim, spread
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, inside, parsed
-from gemopt.formats.names import COUNTED, NO_COUNTS, TABLES, derived, doubt_of_counts, numbered, words_of
+from gemopt.formats.names import (
+    COUNTED,
+    NO_COUNTS,
+    TABLES,
+    derived,
+    doubt_of_counts,
+    numbered,
+    refuse_derived,
+    words_of,
+)
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant

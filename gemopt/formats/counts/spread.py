@@ -19,7 +19,6 @@ from gemopt.formats.names import (
     TABLES,
     TIMES,
     WEIGHTS,
-    derived,
     numbered,
     phase_of,
     sure,
@@ -53,12 +52,6 @@ def compact(array: Any) -> Any:
     except (ValueError, TypeError, OverflowError):
         return array
     return smallest(found) if found.dtype.kind in "iu" and found.dtype.itemsize <= 8 else array
-
-
-def refuse_derived(path: Path, name: str) -> None:
-    """Raise for what was made of counts, by its name."""
-    if word := derived(name):
-        raise InputError(str(path), name, "counts themselves", f"is {word} no word for it? rename it")
 
 
 def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
