@@ -222,8 +222,8 @@ class Tracer:
             pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)
         targets = pending.ids_LCK.narrow(1, begin, size).unbind()
         seen: list[int | None] = [None] * self._num_layers
-        has_ids, end = token_ids is not None, begin + size
-        self._step = Step((rows, length), phase, stream, self._task, begin, end, has_ids, seen, targets, picked)
+        told = token_ids is not None, seen, targets, picked
+        self._step = Step((rows, length), phase, stream, self._task, begin, begin + size, *told)
 
     def _room(self, tokens: int, device: torch.device) -> Pending:
         """Buffers with room for a step of so many tokens; what was pending is counted first where it must be."""
@@ -252,8 +252,8 @@ class Tracer:
 
     def _experts_hook(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._step is not None and self._step.seen[index] and not self.num_steps:
-                check_heeded(self._layers[index], self._step.targets[index], (*args, *kwargs.values()))
+            if not (torch.compiler.is_compiling() or self.num_steps or self._pending is None or self._step is None):
+                check_heeded(self._layers[index], index, self._step, self._pending, (*args, *kwargs.values()))
 
         return hook
 
