@@ -238,6 +238,22 @@ def test_the_front_has_the_placement_that_only_drops_a_copy() -> None:
         assert point.step_us == pytest.approx(found.objective_us / len(found.step_us))
 
 
+def test_a_front_from_other_static_copies_has_weights_that_are_chosen_for_them() -> None:
+    """The copy of expert 0 may not stay on rank 1: another one goes there, whose weights nobody has given."""
+    current = Placement(
+        physical_to_logical=[[0, 1, 2, 0, 3, 1]] * 2, slots_per_rank=[3, 3], num_experts=4, split="static",
+        split_weights=[[0.5, 1, 1, 0.5, 1, 0]] * 2,
+    )  # fmt: skip
+    rules = Rules(pinned=[{"experts": [0], "ranks": [0]}])
+    found = moves_front(profile(), traces(), current, rules=rules, holdout=0)
+    even = Placement(
+        physical_to_logical=[[0, 1, 2, EMPTY, 3, 1]] * 2, slots_per_rank=[3, 3], num_experts=4, split="static",
+        split_weights=[[1, 0.5, 1, 0, 1, 0.5]] * 2,
+    )  # fmt: skip
+    assert found[1].moves == 0
+    assert found[1].step_us < evaluate(even, profile(), traces()).objective_us / traces().num_steps * 0.999
+
+
 def test_evaluate_refuses_a_placement_that_breaks_its_own_rules(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

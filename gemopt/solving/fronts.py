@@ -24,6 +24,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide
+from gemopt.solvers.nearest import fewest_row
 from gemopt.solving.first_use import ready, unlike
 from gemopt.solving.ruled import exemplified
 from gemopt.solving.walks import Begin, walk_fronts
@@ -104,7 +105,7 @@ def moves_front(
         divided = divide([front.best(budget) for front in fronts], budget)
         assert divided is not None  # no budget is below what every front begins with
         chosen = [front.at(most) for front, most in zip(fronts, divided[1], strict=True)]
-        placements.append((SWAPS, _moved(current, layers, chosen)))
+        placements.append((SWAPS, _moved(current, chosen)))
     for name in solvers:
         result = solve(
             profile, given, solver=name, cost=fitted, current=current, time_limit=time_limit, notice=notice, **options
@@ -141,7 +142,8 @@ def _layers(cost: CostModel, traces: Traces, current: Placement, profile: Profil
 def _fronts(
     layers: Sequence[Problem], current: Placement, time_limit: float, threads: int | None
 ) -> tuple[list[Front], bool]:
-    """The front of every layer, from its row in force where that keeps the rules; whether the time ended any."""
+    """The front of every layer, from its row in force where that keeps the rules, else from the fewest moves that do;
+    whether the time ended any."""
     options = Options.lasting(time_limit)
     with hurried.call(options.deadline, options.stop):
         layers, note = exemplified(layers, current.layer_ids, options.deadline)
@@ -150,20 +152,20 @@ def _fronts(
     weights = current.split_weights if current.split is Split.STATIC else None
 
     begins: list[Begin | None] = []
-    for index, (layer, row) in enumerate(zip(layers, current.physical_to_logical, strict=True)):
-        broken = layer.rules is not None and layer.rules.broken(row, layer.slots_per_rank)
-        begins.append(None if broken else (row, None if weights is None else weights[index]))
     with hurried.call(options.deadline, options.stop):
+        for index, (layer, row) in enumerate(zip(layers, current.physical_to_logical, strict=True)):
+            if layer.rules is None or not layer.rules.broken(row, layer.slots_per_rank):
+                begins.append((row, None if weights is None else weights[index]))
+            else:
+                kept = fewest_row(layer)
+                begins.append(None if kept is None else (kept, chosen_weights(layer, kept)))
         most_L = [layer.num_slots for layer in layers]
         return walk_fronts(layers, begins, most_L, options, threads or cores.available())
 
 
-def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point]) -> Placement:
+def _moved(current: Placement, chosen: Sequence[Point]) -> Placement:
     """The placement in force with these rows; static weights travel with their copies."""
-    weights = None
-    if current.split is Split.STATIC:
-        pairs = zip(layers, chosen, strict=True)
-        weights = [chosen_weights(layer, p.row) if p.weights is None else p.weights for layer, p in pairs]
+    weights = [point.weights for point in chosen] if current.split is Split.STATIC else None
     return current.changed(physical_to_logical=np.stack([point.row for point in chosen]), split_weights=weights)
 
 
