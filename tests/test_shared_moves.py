@@ -9,6 +9,7 @@ from timed import timed
 from gemopt.placement import EMPTY, Placement
 from gemopt.profile import Profile
 from gemopt.solve import solve
+from gemopt.solvers.search import within
 from gemopt.traces import Traces
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
@@ -41,3 +42,20 @@ def test_history_is_of_placements_whose_slots_are_full() -> None:
     given = {"current": current, "full_slots": True, "solver": "gem", "patience": 2, "max_moves_per_layer": 2}
     found = solve(profile(0.3), traces, **given)
     assert found.history[-1].objective_us == pytest.approx(found.total_us)
+
+
+@pytest.mark.parametrize("seed", [2, 13])
+def test_static_weights_are_those_of_the_placement_that_the_budget_bought(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a search finds nothing, as without time, the answer is a row of the front: not its own to weigh."""
+    monkeypatch.setattr(within._Search, "descend", lambda self: None)
+    rng = np.random.default_rng(seed)
+    traces, weights = Traces(counts=rng.integers(0, 20, (6, 2, 4))), rng.uniform(0, 1, 3)
+    current = Placement(
+        physical_to_logical=[[0, 1, 0, 2, 1, 3]] * 2, slots_per_rank=[2] * 3, num_experts=4, split="static",
+        split_weights=[[weights[0], weights[1], 1 - weights[0], 1, 1 - weights[1], 1]] * 2,
+    )  # fmt: skip
+    found = solve(profile(0.5), traces, current=current, solver="local-search", patience=0, max_moves=4)
+    assert found.moves is not None and found.total_us is not None and found.moves.moves <= 4
+    assert found.total_us < 0.95 * found.moves.makespan_before_us

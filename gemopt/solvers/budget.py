@@ -27,7 +27,7 @@ from gemopt.splits.weights import known_weights
 class Point:
     """A placement of one layer: [P] row, its total in microseconds, and the moves into each rank [G].
 
-    weights: [P] static weights of its copies, where they are not to be chosen.
+    weights: [P] static weights of its copies, with which it has that total; None under other splits.
     """
 
     row: Row
@@ -44,7 +44,8 @@ class Point:
 def point_of(problem: Problem, row: Row) -> Point:
     """The point of a row; see `known_total`."""
     assert problem.moves is not None
-    return Point(row, known_total(problem, row), problem.moves.into(row, problem.slots_per_rank))
+    into_G = problem.moves.into(row, problem.slots_per_rank)
+    return Point(row, known_total(problem, row), into_G, known_weights(problem, row))
 
 
 @dataclass(eq=False)

@@ -96,8 +96,9 @@ class Layer:
                 outcome.row = fewest_row(problem)
                 if outcome.row is None:
                     return no_placement(problem)
-            if outcome.history and (outcome.row != before).any():  # of rows that leave some empty
-                outcome.history = [incumbent(known_total(problem, outcome.row))]
+            if (outcome.row != before).any():  # weights and history are of rows that leave some empty
+                outcome.weights_P = None
+                outcome.history = [incumbent(known_total(problem, outcome.row))] if outcome.history else []
         return outcome
 
     def no_worse(self, outcome: Outcome) -> Outcome:
@@ -106,7 +107,8 @@ class Layer:
         if not free or value is None or not 0 < self.plain_us < value:
             return outcome
         note = outcome.note if outcome.reached else "no time to search: experts in order"
-        return replace(outcome, row=self.plain_row, note=note, history=[*outcome.history, incumbent(self.plain_us)])
+        history = [*outcome.history, incumbent(self.plain_us)]
+        return replace(outcome, row=self.plain_row, weights_P=None, note=note, history=history)
 
     @property
     def open_us(self) -> float:

@@ -27,6 +27,7 @@ from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
 from gemopt.solving.walks import add_copies, walk_fronts
+from gemopt.splits.weights import known_weights, static_weights, suggest_weights
 from gemopt.words import counted
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
@@ -196,7 +197,7 @@ def _refine(run: Run, problems: Sequence[Problem], fronts: Sequence[Front], budg
         proven = run.solver.supports.proves and all(_proven(layer) for layer in found.values())
         proven &= all(front.proven for front in fronts)  # else a layer may be asked for fewer moves than were found
         if not again or over or not proven:
-            _take(run.layers, problems, fronts, best[1])
+            _take(run.layers, problems, fronts, best[1], over=over)
             for layer in run.layers:
                 _disclaim(layer, StoppedBy.PROOF if closed else StoppedBy.TIME_LIMIT if over else StoppedBy.ITERATIONS)
             return lower[0]
@@ -242,14 +243,22 @@ def _proven(layer: Layer) -> bool:
     return gap is not None and gap <= OPTIMALITY_TOLERANCE
 
 
-def _take(layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence[Front], moves: Sequence[int]) -> None:
-    """Give each layer the best placement with so many moves, and the bound of the whole budget for itself alone."""
+def _take(
+    layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence[Front], moves: Sequence[int], *, over: bool
+) -> None:
+    """Give each layer the best placement with so many moves, and the bound of the whole budget for itself alone.
+
+    over: whether there is no time to choose static weights.
+    """
     for layer, problem, front, most in zip(layers, problems, fronts, moves, strict=True):
-        row, outcome = front.at(most).row, layer.outcome
-        assert outcome is not None
-        layer.problem = problem
+        point, outcome = front.at(most), layer.outcome
+        assert outcome is not None and outcome.row is not None
+        layer.problem, weights_P = problem, outcome.weights_P
         layer.bound_us = float(front.bound(front.own)[front.own])
-        layer.outcome = replace(outcome, row=row, bound_us=None, own_bound_us=None)
+        if point.weights is not None and (point.row != outcome.row).any():  # those are of another row
+            suggest_weights(problem, point.row, point.weights)
+            weights_P = known_weights(problem, point.row) if over else static_weights(problem, point.row)
+        layer.outcome = replace(outcome, row=point.row, weights_P=weights_P, bound_us=None, own_bound_us=None)
 
 
 def _without(layers: Sequence[Layer], fronts: Sequence[Front], moving: Moving, *, proven: bool) -> None:
