@@ -61,9 +61,9 @@ def add_copies(
 
         def fall(index: int) -> bool:
             """Go on with one layer; whether there may be more to come."""
-            row = next(ways[index], None)
-            if row is not None:
-                fronts[index].points.append(point_of(problems[index], row))
+            row, points = next(ways[index], None), fronts[index].points
+            if row is not None and (row != points[-1].row).any():
+                points.append(point_of(problems[index], row))
             return row is not None
 
         left, spent = list(range(len(ways))), 0

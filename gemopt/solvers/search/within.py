@@ -4,7 +4,7 @@ Where slots are spare, swaps and copies at a price that falls come first, since 
 kicks take turns with walks of single changes, which know the split that is asked for.
 
 Never worse than `few_moves` from the placement in force when there is the time for it: all its waypoints are offered.
-Everything that is offered is scored by `gemopt.evaluate.total` and keeps to the limits.
+Everything that is offered is scored by `known_total` and keeps to the limits.
 """
 
 from __future__ import annotations
