@@ -59,3 +59,10 @@ def test_static_weights_are_those_of_the_placement_that_the_budget_bought(
     found = solve(profile(0.5), traces, current=current, solver="local-search", patience=0, max_moves=4)
     assert found.moves is not None and found.total_us is not None and found.moves.moves <= 4
     assert found.total_us < 0.95 * found.moves.makespan_before_us
+
+
+def test_without_a_placement_nothing_is_said_of_what_it_was_fitted_on() -> None:
+    traces = Traces(counts=np.full((STEPS, 2, 4), 3))
+    current = Placement(physical_to_logical=[[0, 1, 2, 3, EMPTY, EMPTY]] * 2, slots_per_rank=[2] * 3, num_experts=4)
+    found = solve(profile(0.0), traces, current=current, exclude_ranks=[0], max_moves=1)
+    assert found.placement is None and found.notes and "fitted" not in " ".join(found.notes)

@@ -77,7 +77,7 @@ def answer(
     total = None if value is None else value + sum(layer.moves_us for layer in per_layer)
     bound = _bound(run, per_layer, bound_us, total)
     notes = [*_notes(run, per_layer), *_division(run, moving), *profile_doubts(profile, traces), *_wires(run, profile)]
-    notes += _few_steps(traces)
+    notes += [] if rows is None else _few_steps(traces)
     gap, base = relative_gap(total, bound), sum(layer.base_us for layer in run.layers)
     base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
     over_time, report_of_moves = _history(run, total), None
