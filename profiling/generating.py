@@ -111,7 +111,7 @@ def load_model(model: str, *, device: str | None = None) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         loaded = from_files(auto_class(config), name, **options)
     except InputError as error:
-        raise InputError("model", f"{model} ({error.field}: {error.value})", error.limit, error.hint) from None
+        raise error.about(f"model {model}: {error.field}") from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         found = f"{model} ({_first_line(error)})" if Path(name).is_dir() else model
         limit = f"a folder of a transformers model, a name in the local Hugging Face cache, or {TINY_MOE}"

@@ -218,7 +218,9 @@ def test_weights_that_are_not_in_the_files_are_not_made_up(folder, tmp_path, cap
     router = next(name for name in tensors if name.endswith("gate.weight"))
     save_file({k: v for k, v in tensors.items() if k != router}, lost / "model.safetensors", metadata={"format": "pt"})
     line = refusal(capsys, "trace", "--model", lost, "--prompts", prompts, "-o", tmp_path / "t.safetensors")
-    assert f"(weights: no {router}); all weights of the network: what is missing would be random" in line
+    assert (
+        f"model {lost}: weights: got no {router}; all weights of the network: what is missing would be random" in line
+    )
     with pytest.raises(InputError, match=f"weights: got no {router}"):
         load(lost)
 
