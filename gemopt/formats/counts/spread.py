@@ -12,18 +12,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
-from gemopt.formats.names import (
-    COLUMNS,
-    PERHAPS,
-    SIZES,
-    TABLES,
-    TIMES,
-    WEIGHTS,
-    numbered,
-    phase_of,
-    sure,
-    words_of,
-)
+from gemopt.formats.names import COLUMNS, PERHAPS, SIZES, TABLES, TIMES, WEIGHTS, numbered, phase_of, sure, words_of
 from gemopt.traces.files import meant, smallest
 
 _EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)

@@ -19,14 +19,7 @@ from gemopt.formats.names import numbered
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.succession import MANY_COUNTS
-from gemopt.traces.arrays import (
-    LOOKED_AT,
-    NOT_IDS,
-    as_ids,
-    is_map,
-    refuse_narrow,
-    refuse_totals,
-)
+from gemopt.traces.arrays import LOOKED_AT, NOT_IDS, as_ids, is_map, refuse_narrow, refuse_totals
 from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, axis_of_layers, other_order
 from gemopt.words import counted
 
