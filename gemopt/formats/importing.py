@@ -16,7 +16,7 @@ from gemopt.documents import replacing
 from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError
 from gemopt.formats import findings
-from gemopt.formats.counts import json_files as count_json
+from gemopt.formats.counts import json_files
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, made_up, ranges, same_for_all
 from gemopt.formats.registry import recorder
@@ -72,7 +72,7 @@ def import_traces(
             found = _import(engine.read_traces(paths, options), destination, options, progress)
             return replace(found, notes=findings.merged(found.notes))
     finally:
-        count_json.forget()
+        json_files.forget()
 
 
 def _import(

@@ -171,7 +171,7 @@ def refuse_derived(where: object, name: str) -> None:
         raise InputError(str(where), name, "counts themselves", f"is {word} no word for it? rename it")
 
 
-def doubt_of_counts(name: str) -> list[str]:
+def doubts_of(name: str) -> list[str]:
     """The note on counts whose name says more than is understood: `remote_counts`, `top2_counts`."""
     whole = words_of(name) <= UNDERSTOOD and not derived(name)
     return [] if whole else [f"{name} taken for the assignments of experts: is it all of them?"]

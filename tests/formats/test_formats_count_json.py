@@ -10,7 +10,7 @@ import pytest
 from routed_counts import routed
 
 from gemopt.exceptions import InputError
-from gemopt.formats.counts import json_files as count_json
+from gemopt.formats.counts import json_files
 from gemopt.traces import Phase
 
 COUNTS = routed(np.random.default_rng(3), steps=6, layers=3, experts=8, tokens=50)
@@ -143,15 +143,15 @@ def test_what_lies_beside_counts_in_a_folder_is_left_alone(load, folder):
 
 @pytest.mark.parametrize("table", [False, True])
 def test_every_file_is_parsed_once(load, folder, table, monkeypatch):
-    parsed, parse = [], count_json.parsed
-    monkeypatch.setattr(count_json, "parsed", lambda path, text: parsed.append(path) or parse(path, text))
+    parsed, parse = [], json_files.parsed
+    monkeypatch.setattr(json_files, "parsed", lambda path, text: parsed.append(path) or parse(path, text))
     for t, step in enumerate(300 * COUNTS):  # above 65535: a second pass in a wider type
         rows = [{"step": t, "layer": i, "counts": row.tolist()} for i, row in enumerate(step)]
         (folder / f"load_{t}.json").write_text(json.dumps(rows if table else [(30 * step).tolist()]))
     counts = load(folder, "csv" if table else "array")[0].counts
     np.testing.assert_array_equal(counts, 300 * COUNTS * (1 if table else 30))
     assert len(parsed) == STEPS
-    assert not count_json._kept  # nothing stays behind
+    assert not json_files._kept  # nothing stays behind
 
 
 @pytest.mark.parametrize("source", ["array", "csv"])

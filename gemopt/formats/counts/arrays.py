@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.counts import json_files as count_json
-from gemopt.formats.counts import slot_maps
+from gemopt.formats.counts import json_files, slot_maps
 from gemopt.formats.counts.numbered_arrays import NAME_THEM, inner, joined, kind_of
 from gemopt.formats.counts.told import refuse_slots, says_nothing
 from gemopt.formats.engine import IntArray
@@ -22,7 +21,7 @@ from gemopt.formats.names import (
     NO_COUNTS,
     SCORES,
     derived,
-    doubt_of_counts,
+    doubts_of,
     refuse_derived,
     words_of,
 )
@@ -74,10 +73,10 @@ def counts_of(path: Path, notes: list[str] | None = None, of: str = "") -> Count
             notes.append(slot_maps.said(path.name, found.names[-1], found.mapped[0]))
     if str(np.asarray(found.experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{found.experts}, as num_experts says")
-    if count_json.is_json(path):
-        found.others |= count_json.read(path).beside
+    if json_files.is_json(path):
+        found.others |= json_files.read(path).beside
         if notes is not None:
-            notes += count_json.read(path).notes
+            notes += json_files.read(path).notes
     others = {name: as_numpy(each) for name, each in found.others.items()}
     refuse_telling(path, others, counts, layers=layers is not None)
     return Counts(counts, layers)
@@ -123,7 +122,7 @@ def _pick(path: Path, data: dict[Any, Any], told: dict[str, Any], found: _Found,
         raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
     refuse_derived(path, key)
     if notes is not None:
-        notes += doubt_of_counts(key)
+        notes += doubts_of(key)
     found.names.append(key)
     found.others = {name: each for name, each in data.items() if name not in known}
     found.experts = data.get("num_experts", found.experts)
@@ -132,8 +131,8 @@ def _pick(path: Path, data: dict[Any, Any], told: dict[str, Any], found: _Found,
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
     """An array, or those of the file by name; and its metadata."""
-    if count_json.is_json(path):
-        return count_json.arrays(path), {}
+    if json_files.is_json(path):
+        return json_files.arrays(path), {}
     if path.suffix == ".safetensors":
         return safetensors_arrays(path)
     return load_torch(path) if path.suffix == ".pt" else numpy_arrays(path), {}
@@ -148,8 +147,8 @@ def _ndim(data: Any) -> int:
 
 def says_counts(path: Path) -> bool:
     """Whether the file itself calls its array so."""
-    if count_json.is_json(path):
-        return count_json.read(path).named
+    if json_files.is_json(path):
+        return json_files.read(path).named
     data, _ = _loaded(path)
     return path.suffix != ".npy" and isinstance(data, dict) and "counts" in data
 
@@ -177,6 +176,6 @@ def _refuse_beside(path: Path, others: list[str], nothing: Collection[str], note
         raise InputError(str(path), found, limit, f"an .npz of counts, {names} is traces already")
     if altering := [name for name in telling if ALTERING.search(name)]:
         raise InputError(str(path), f"{altering[0]} beside counts", "counts alone", NOT_ALTERED)
-    others = others + (count_json.read(path).unread if count_json.is_json(path) else [])
+    others = others + (json_files.read(path).unread if json_files.is_json(path) else [])
     if others and notes is not None:
         notes.append(f"{path.name}: {', '.join(others)} left unread")

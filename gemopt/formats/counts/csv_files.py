@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.counts import json_files as count_json
-from gemopt.formats.counts import told as count_told
+from gemopt.formats.counts import json_files
 from gemopt.formats.counts.lines import INDEX, by_expert, lines_of, meanings, without_ranges
+from gemopt.formats.counts.told import numbers, refuse_own_layers
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -72,7 +72,7 @@ class _Table:
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
-    files = files_of(paths, *SUFFIXES, else_of=count_json.SUFFIXES)
+    files = files_of(paths, *SUFFIXES, else_of=json_files.SUFFIXES)
     others: dict[str, str] = {}  # what the columns say that are not known
     tables = [_read(path, name, others) for path, name in zip(files, names_of(files), strict=True)]
     layers_of = [(table.name, {layer for counts in table.ranks.values() for _, layer, _ in counts}) for table in tables]
@@ -91,8 +91,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     keys = [key for step in steps for counts in step.values() for key in counts]
     layers = sorted({layer for _, layer, _ in keys})
     results = set().union(*(table.results for table in tables))
-    told = count_told.numbers({name: cell for name, cell in others.items() if name not in results})
-    count_told.refuse_own_layers(others, layers[0])
+    told = numbers({name: cell for name, cell in others.items() if name not in results})
+    refuse_own_layers(others, layers[0])
     number = told.pop("num_experts", options.num_experts)
     if options.num_experts not in (None, number):
         raise InputError("--num-experts", options.num_experts, f"{number}, as the tables say")
@@ -101,7 +101,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
-    notes += count_json.said(files) + left_alone(paths, files, count_json.SUFFIXES)
+    notes += json_files.said(files) + left_alone(paths, files, json_files.SUFFIXES)
     notes += _unread(tables, others)
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
@@ -123,7 +123,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         blocks=lambda: iter([used] if len(used) else []),
         layer_ids=tuple(layers),
         phase=None if phase is None else phase[busy],
-        top_k=count_json.top_k(files) or told.get("top_k"),
+        top_k=json_files.top_k(files) or told.get("top_k"),
         notes=notes,
     )
 
@@ -235,7 +235,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header, lines = without_ranges(path, header, lines)
     given = header
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
-    table.unnamed = not count_json.read(path).named if count_json.is_json(path) else header is not given
+    table.unnamed = not json_files.read(path).named if json_files.is_json(path) else header is not given
     columns = meanings(path, header)
     table.has_steps, table.counted, table.layer = "step" in columns, *(header[columns[m]] for m in ("count", "layer"))
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL

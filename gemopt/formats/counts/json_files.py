@@ -17,20 +17,11 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.counts import slot_maps
-from gemopt.formats.counts import told as count_told
 from gemopt.formats.counts.spread import Content, Rows, by_key, compact, is_whole, ndim, spread
+from gemopt.formats.counts.told import refuse_slots, says_nothing
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, inside, parsed
-from gemopt.formats.names import (
-    COUNTED,
-    NO_COUNTS,
-    TABLES,
-    derived,
-    doubt_of_counts,
-    numbered,
-    refuse_derived,
-    words_of,
-)
+from gemopt.formats.names import COUNTED, NO_COUNTS, TABLES, derived, doubts_of, numbered, refuse_derived, words_of
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
@@ -226,8 +217,10 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
     plain = dict.fromkeys(key for row in rows for key in row if key not in nested)
     for key, cell in rows[0].items():
-        count_told.refuse_slots(str(path), key, cell)
-    _refuse_telling(path, [key for key in plain if any(_says(key, row.get(key)) for row in rows)], logical=logical)
+        refuse_slots(str(path), key, cell)
+    cells = [(key, str(row.get(key)).casefold()) for row in rows for key in plain]
+    telling = dict.fromkeys(key for key, cell in cells if not says_nothing(key.casefold(), cell))
+    _refuse_telling(path, telling, logical=logical)
     if not nested:
         return None
     if len(counts) != 1 or any(counts[0] not in row for row in rows):
@@ -240,7 +233,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
         hint = f"does {which} say whose they are? then write all; else leave it out"
         raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
     refuse_derived(path, counts[0])
-    told.notes += doubt_of_counts(counts[0])
+    told.notes += doubts_of(counts[0])
     told.unread += lists
     told.beside |= {key: rows[0][key] for key in lists} if len(rows) == 1 else {}
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
@@ -295,10 +288,6 @@ def _names_experts(value: Any, counts: Any) -> bool:
         counts = counts[0]
     plain = isinstance(value, list) and isinstance(counts, list) and ndim(value) == 1
     return not plain or (len(value) == len(counts) and value != [*range(len(value))])
-
-
-def _says(key: str, cell: Any) -> bool:
-    return not count_told.says_nothing(key.casefold(), str(cell).casefold())
 
 
 def _refuse_telling(path: Path, keys: Collection[str], *, logical: bool = False) -> None:

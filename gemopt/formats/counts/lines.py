@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.counts import json_files as count_json
+from gemopt.formats.counts import json_files
 from gemopt.formats.counts.spread import follows
 from gemopt.formats.files import JSON_LIMIT, SMALLER, size_of, text_of
 from gemopt.formats.names import (
@@ -252,8 +252,8 @@ def lines_of(path: Path) -> Lines:
     """Number and cells of every line, the header first."""
     if size_of(path) > JSON_LIMIT:
         raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes", SMALLER)
-    if count_json.is_json(path):
-        yield from count_json.lines(path)
+    if json_files.is_json(path):
+        yield from json_files.lines(path)
         return
     if path.suffix == ".parquet":
         table = table_files.read(path)

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.counts import csv_files as count_csv
-from gemopt.formats.counts import json_files as count_json
+from gemopt.formats.counts import csv_files, json_files
 from gemopt.formats.counts.arrays import counts_of, says_counts
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.findings import refuse_parts
@@ -24,7 +23,7 @@ from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, axis_of_layers, other_orde
 from gemopt.words import counted
 
 ARRAYS_ALONE = (".npy", ".npz", ".pt", ".safetensors")
-SUFFIXES = (*ARRAYS_ALONE, *count_json.SUFFIXES)
+SUFFIXES = (*ARRAYS_ALONE, *json_files.SUFFIXES)
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
 _ROWS = 64 << 20  # bytes handed on at once
@@ -32,11 +31,11 @@ _ROWS = 64 << 20  # bytes handed on at once
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read arrays one after the other; a file with several needs one called `counts`."""
-    if all(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in paths) or _tables(paths):
-        return count_csv.read_traces(paths, options)
+    if all(path.suffix in csv_files.SUFFIXES and not json_files.is_json(path) for path in paths) or _tables(paths):
+        return csv_files.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
-    given = files_of(paths, *ARRAYS_ALONE, else_of=count_json.SUFFIXES)
-    beside = left_alone(paths, given, count_json.SUFFIXES)
+    given = files_of(paths, *ARRAYS_ALONE, else_of=json_files.SUFFIXES)
+    beside = left_alone(paths, given, json_files.SUFFIXES)
     if together := _together(given, options, beside):
         return together
     files, notes = _distinct(given, options)
@@ -62,7 +61,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     ids, phases = named or _chosen(first, options), _phases(files)
     if phases is not None:  # of the steps with assignments
         phases = phases[np.concatenate([counts_of(path).array.any(axis=(1, 2)) for path in files])]
-    return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), phase=phases, notes=notes)
+    return Recording(blocks=blocks, layer_ids=ids, top_k=json_files.top_k(files), phase=phases, notes=notes)
 
 
 def _together(files: list[Path], options: TraceOptions, notes: list[str]) -> Recording | None:
@@ -86,7 +85,7 @@ def _together(files: list[Path], options: TraceOptions, notes: list[str]) -> Rec
     ids = tuple(numbers) if kind == "layer" else layers[0] or _chosen(counts, options)
     notes += _doubts(counts, ids, options)
     used = counts.any(axis=(1, 2))
-    told = {tuple(count_json.read(path).phases) if count_json.is_json(path) else () for path in files}
+    told = {tuple(json_files.read(path).phases) if json_files.is_json(path) else () for path in files}
     if kind == "step":
         _check_told(files, notes)
     elif len(told) > 1:
@@ -95,7 +94,7 @@ def _together(files: list[Path], options: TraceOptions, notes: list[str]) -> Rec
     return Recording(
         blocks=lambda: iter([counts[used]] if used.any() else []),
         layer_ids=ids,
-        top_k=count_json.top_k(files),
+        top_k=json_files.top_k(files),
         phase=None if phases is None else phases[used],
         notes=notes,
     )
@@ -103,7 +102,7 @@ def _together(files: list[Path], options: TraceOptions, notes: list[str]) -> Rec
 
 def _check_told(files: Sequence[Path], notes: list[str]) -> None:
     """Refuse files whose steps do not rise from one to the next, as they number them; note phases that some lack."""
-    found = [count_json.read(path) for path in files if count_json.is_json(path)]
+    found = [json_files.read(path) for path in files if json_files.is_json(path)]
     told = [each.steps for each in found if each.steps is not None]
     if len({*(bool(each.phases) for each in found), *([False] if len(found) < len(files) else ())}) > 1:
         notes.append("phases that some files lack are left unread")
@@ -120,18 +119,18 @@ def _refuse_other_layers(path: Path, named: tuple[int, ...] | None, known: tuple
 
 def _phases(files: Sequence[Path]) -> IntArray | None:
     """[T] the phases of the steps of files, None where not all files tell them."""
-    if not all(count_json.is_json(path) and count_json.read(path).phases for path in files):
+    if not all(json_files.is_json(path) and json_files.read(path).phases for path in files):
         return None
-    return np.concatenate([count_json.read(path).phases for path in files])
+    return np.concatenate([json_files.read(path).phases for path in files])
 
 
 def _tables(paths: Sequence[Path]) -> bool:
     """Whether files, or those of folders, are tables in JSON: what each holds tells."""
     inside = [list(path.iterdir()) if path.is_dir() else [path] for path in paths]
     files = [path for part in inside for path in part if not path.name.startswith(".")]
-    found = sorted(path for path in files if count_json.is_json(path))  # the first one is read first again
+    found = sorted(path for path in files if json_files.is_json(path))  # the first one is read first again
     others = any(path.suffix in ARRAYS_ALONE for path in files)
-    return bool(found) and not others and not count_json.read(found[0]).arrays
+    return bool(found) and not others and not json_files.read(found[0]).arrays
 
 
 def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], list[str]]:

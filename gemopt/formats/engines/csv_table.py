@@ -10,8 +10,7 @@ import numpy as np
 
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError, naming
-from gemopt.formats.counts import csv_files as count_csv
-from gemopt.formats.counts import json_files as count_json
+from gemopt.formats.counts import csv_files, json_files
 from gemopt.formats.counts.lines import lines_of
 from gemopt.formats.engine import Engine, Export, Facts, Recording, TraceOptions, WriteOptions, check_layers
 from gemopt.formats.engines import array
@@ -117,9 +116,9 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables; JSON that is an array is read as one."""
     inside = [part for path in paths if path.is_dir() for part in path.iterdir()]
     found = [*paths, *inside]
-    tables = any(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in found)
+    tables = any(path.suffix in csv_files.SUFFIXES and not json_files.is_json(path) for path in found)
     arrays = any(path.name.endswith(array.SUFFIXES) for path in found)
-    read = array.read_traces if arrays and not tables else count_csv.read_traces
+    read = array.read_traces if arrays and not tables else csv_files.read_traces
     return read(paths, options)
 
 
@@ -137,7 +136,7 @@ ENGINES = {
         note="for other programs",
         write=write,
         read=read,
-        dumps=(*count_csv.SUFFIXES, *count_json.SUFFIXES),
+        dumps=(*csv_files.SUFFIXES, *json_files.SUFFIXES),
         rank_files=True,
         read_traces=read_traces,
     )

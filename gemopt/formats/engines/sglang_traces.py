@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-from gemopt.formats.counts import csv_files as count_csv
+from gemopt.formats.counts import csv_files
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.engines.sglang_detail import read_detail
 from gemopt.formats.files import bounded_json, load_torch, whole_numbers
@@ -34,7 +34,7 @@ from gemopt.words import counted
 KEY = "logical_count"
 OWN = {KEY, "rank", "average_utilization_rate_over_window", "last_physical_to_logical_map", "physical_to_logical_map"}
 RANKS = ("ep_rank", "dp_rank", "attn_dp_rank", "tp_rank", "rank")  # SGLang's is of one, whose counts are all ranks'
-SUFFIXES = (".pt", *count_csv.SUFFIXES, ".json", ".jsonl")
+SUFFIXES = (".pt", *csv_files.SUFFIXES, ".json", ".jsonl")
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
@@ -50,7 +50,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
         case "responses":
             return responses.read_traces(files, options, raw_int32=True)
         case "count tables":
-            return count_csv.read_traces(files, options)
+            return csv_files.read_traces(files, options)
         case "stat dumps":
             options.refuse_unused("stat dumps, which count all ranks together")
             return _read_stat(files, options)
@@ -60,7 +60,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
 def _kind(path: Path) -> str:
     if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
         return "responses"
-    if path.suffix in count_csv.SUFFIXES:
+    if path.suffix in csv_files.SUFFIXES:
         return "count tables"
     data = load_torch(path) if path.suffix == ".pt" else bounded_json(path)
     if isinstance(data, dict) and KEY in data:
