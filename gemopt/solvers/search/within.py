@@ -99,6 +99,7 @@ def falling(
 ) -> Iterator[Row]:
     """Rows that swaps and copies lead to at a price that falls, so that what gains most by its moves comes first.
 
+    Steps are judged by even shares whatever the split: copies that pay only under another one are not found here.
     prices: of a move, of the value of the row. The last ones are left out where a move costs more.
     """
     assert problem.moves is not None
