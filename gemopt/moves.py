@@ -76,6 +76,11 @@ class Moves:
         return self.most is not None or self.most_into_G is not None
 
     @property
+    def none(self) -> bool:
+        """Whether no expert may move."""
+        return self.most == 0 or (self.most_into_G is not None and not self.most_into_G.any())
+
+    @property
     def lost(self) -> list[int]:
         """Experts that no rank holds in the placement in force."""
         return np.flatnonzero(~self.home_GE.any(axis=0)).tolist()

@@ -8,6 +8,7 @@ from timed import timed
 
 from gemopt.placement import EMPTY, Placement
 from gemopt.profile import Profile
+from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers.search import within
 from gemopt.traces import Traces
@@ -66,3 +67,24 @@ def test_without_a_placement_nothing_is_said_of_what_it_was_fitted_on() -> None:
     current = Placement(physical_to_logical=[[0, 1, 2, 3, EMPTY, EMPTY]] * 2, slots_per_rank=[2] * 3, num_experts=4)
     found = solve(profile(0.0), traces, current=current, exclude_ranks=[0], max_moves=1)
     assert found.placement is None and found.notes and "fitted" not in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("solver", ["auto", "local-search"])
+@pytest.mark.parametrize("asked", [{"max_moves": 0}, {"max_moves_per_layer": 0}])
+def test_what_is_in_force_is_the_best_where_nothing_may_move(asked: dict[str, int], solver: str) -> None:
+    """With one home for every expert there is no other content: nothing is searched, and that is the proof."""
+    traces = Traces(counts=np.random.default_rng(5).integers(0, 9, (6, 2, 4)))
+    current = Placement(physical_to_logical=[[0, 1, 2, EMPTY, 3, EMPTY]] * 2, slots_per_rank=[2] * 3, num_experts=4)
+    found = solve(profile(0.3), traces, current=current, solver=solver, time_limit=600, **asked)
+    assert found.stopped_by is StoppedBy.PROOF and found.gap == 0
+    assert found.moves is not None and found.moves.moves == 0
+
+
+def test_where_nothing_may_move_copies_may_still_be_dropped() -> None:
+    """A copy at home that makes it slower is none of the moves; that ends without kicks."""
+    traces = Traces(counts=np.tile([8, 8, 4, 4], (STEPS, 1, 1)))
+    current = Placement(physical_to_logical=[[0, 1, 2, 0, 3, 0]], slots_per_rank=[2] * 3, num_experts=4)
+    slow = timed(range(3), lambda n, g: 20 + n * (1 + 9 * (g == 2)), (0, 8, 64))
+    found = solve(slow, traces, current=current, solver="local-search", time_limit=600, max_moves_per_layer=0)
+    assert found.stopped_by is not StoppedBy.TIME_LIMIT and found.placement is not None
+    assert 0 not in found.placement.physical_to_logical[0][4:]

@@ -56,7 +56,7 @@ class Auto:
             patience, share = SHARED_PATIENCE if shared else FIRST_PATIENCE, FIRST_SHARE
         deadline = time.monotonic() + share * options.remaining
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
-        if found.row is None:
+        if found.row is None or found.stopped_by is StoppedBy.PROOF:
             return found
         gap = relative_gap(total(problem, found.row), options.bound_us)
         if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+
+import numpy as np
 
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Options, Row
 from gemopt.solvers.budget import Front, point_of, walk_front
 from gemopt.solvers.search.blocs import settled
+from gemopt.solvers.search.promised import has_promises, promised_copies
 from gemopt.solvers.search.within import falling
 
 FIRST_SWAPS = 1
@@ -52,22 +55,40 @@ def walk_fronts(
 def add_copies(
     problems: Sequence[Problem], fronts: Sequence[Front], budget: int | None, options: Options, threads: int
 ) -> None:
-    """Add to fronts what swaps and copies lead to, at a price that falls until all layers together spend the budget."""
+    """Add to fronts what copies that promise most lead to, under the optimal split; then what swaps and copies lead to
+    at a price that falls until all layers together spend the budget."""
+    rows = [front.points[0].row for front in fronts]
+    starts = [(settled(problem, row), row) for problem, row in zip(problems, rows, strict=True)]
     with options.alarm() as stop, ThreadPoolExecutor(threads) as pool:
-        ways = [
-            falling(settled(problem, front.points[0].row), front.points[0].row, stop, prices=PRICES)
-            for problem, front in zip(problems, fronts, strict=True)
-        ]
 
-        def fall(index: int) -> bool:
-            """Go on with one layer; whether there may be more to come."""
-            row, points = next(ways[index], None), fronts[index].points
-            if row is not None and (row != points[-1].row).any():
-                points.append(point_of(problems[index], row))
-            return row is not None
+        def walk(ways: Sequence[Iterator[Row]], budget: int | None) -> None:
+            """Go on with all layers in turn."""
+            spent_L, left = np.zeros(len(ways), np.int64), list(range(len(ways)))
 
-        left, spent = list(range(len(ways))), 0
-        while left and not stop[0] and (budget is None or spent <= budget):
-            going = [(index, pool.submit(copy_context().run, fall, index)) for index in left]
-            left = [index for index, more in going if more.result()]
-            spent = sum(front.points[-1].moves for front in fronts)
+            def step(index: int) -> bool:
+                row = next(ways[index], None)
+                if row is not None and (row != fronts[index].points[-1].row).any():
+                    fronts[index].points.append(point_of(problems[index], row))
+                    spent_L[index] = fronts[index].points[-1].moves
+                return row is not None
+
+            while left and not stop[0] and (budget is None or spent_L.sum() <= budget):
+                going = [(index, pool.submit(copy_context().run, step, index)) for index in left]
+                left = [index for index, more in going if more.result()]
+
+        if has_promises(problems[0]):
+            walk([_sparse(stay, promised_copies(stay, row, stop)) for stay, row in starts], None)
+        walk([falling(stay, row, stop, prices=PRICES) for stay, row in starts], budget)
+
+
+def _sparse(problem: Problem, rows: Iterator[Row]) -> Iterator[Row]:
+    """Some of the rows, at moves that double, and the last."""
+    assert problem.moves is not None
+    told, row = 0, None
+    for row in rows:
+        moves = problem.moves.count(row, problem.slots_per_rank)
+        if moves >= 2 * told:
+            told = moves
+            yield row
+    if row is not None:
+        yield row

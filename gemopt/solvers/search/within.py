@@ -30,6 +30,7 @@ from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.descent import iterate_within, settle
 from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying
+from gemopt.solvers.search.promised import has_promises, promised_copies
 from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state
@@ -59,6 +60,9 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     if search.row is None:
         return no_placement(problem)
     search.options, search.walk = options, None
+    if problem.moves is not None and problem.moves.none and (problem.moves.home_GE.sum(axis=0) == 1).all():
+        search.searched = True  # there is no other content
+        return replace(search.outcome(StoppedBy.PROOF, "few moves"), bound_us=search.value)
     with options.alarm() as search.stop:
         search.descend()
         stopped_by = search.iterate()
@@ -172,6 +176,9 @@ class _Search(Best):
             if not self.starts:
                 break
             if not begun and self.starts[0] is self.home and self.problem.spare_slots:
+                if has_promises(self.problem):
+                    for row in promised_copies(self.problem, self.home, self.stop):
+                        self.offer(row)
                 for row in falling(self.problem, self.home, self.stop, self.costs):
                     self.offer(row)
             begun = True
@@ -226,6 +233,8 @@ class _Search(Best):
         patience = NEVER if options.patience is None else options.patience
         if (ended := self.ended(descended=not self.starts)) is not None:
             return ended
+        if self.moves.none:  # there are no more than the copies at home
+            return StoppedBy.ITERATIONS
         assert self.draws is not None
         terms, state = make_terms(problem, self.moves), None
         best, idle, batch = np.inf, 0, 1
