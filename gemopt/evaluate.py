@@ -189,18 +189,18 @@ class Evaluation:
         return plot_stragglers(self, num_ranks, ax=ax)
 
 
-def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> None:
-    """Refuse a placement, traces and a profile that are not of one network and group of ranks."""
-    if placement.num_experts != traces.num_experts:
-        raise InputError(
-            "Placement.num_experts", placement.num_experts, f"the traces have {traces.num_experts} experts"
-        )
+def check_agreement(placement: Placement, traces: Traces, devices: Profile | int) -> None:
+    """Refuse a placement, traces and a profile (or so many ranks) that are not of one network and group of ranks."""
+    if (experts := placement.num_experts) != traces.num_experts:
+        raise InputError("Placement.num_experts", experts, f"the traces have {traces.num_experts} experts")
     if tuple(placement.layer_ids) != traces.layer_ids:
         raise InputError("Placement.layer_ids", placement.layer_ids, f"the traces have layers {list(traces.layer_ids)}")
+    num_ranks, uuids = (devices, []) if isinstance(devices, int) else (devices.num_ranks, devices.device_uuids)
     if placement.num_ranks != num_ranks:
         there = f"the profile has {counted(num_ranks, 'device')}"
         way_out = "after a rank left or came, give the profile that solve --save-profile writes"
         raise InputError("Placement.slots_per_rank", counted(placement.num_ranks, "rank"), there, way_out)
+    placement.check_devices(uuids)
 
 
 def evaluate(
@@ -240,7 +240,7 @@ def evaluate(
     profile = None if profile is None else Profile.of(profile)
     model = cost_of("auto" if cost is None else cost, profile)
     placement, traces = Placement.of(placement), Traces.of(traces)
-    check_agreement(placement, traces, len(model.latencies))
+    check_agreement(placement, traces, len(model.latencies) if profile is None else profile)
     if rules is not None:
         check_rules(placement, rules, profile, topology)
     check_asked(exchange, topology)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from gemopt.documents import Document, foreign
 from gemopt.documents.arrays import FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
+from gemopt.profile import plain_uuid
 from gemopt.rules import Rules
 from gemopt.tables import frame
 from gemopt.words import counted
@@ -134,6 +135,17 @@ class Placement(Document):
         if self.has_copies and not even and self.split is not Split.STATIC:
             limit = f"none: the {self.split.value} split does not heed them"
             raise InputError("Placement.split_weights", "given", limit, 'give "split": "static", or leave them out')
+
+    def check_devices(self, uuids: Sequence[str | None], *, in_force: bool = False) -> None:
+        """`InputError` where the [G] devices of a profile are its own in another order, or (in force there) others."""
+        named = [None if uuid is None else plain_uuid(uuid) for uuid in uuids]
+        for rank, uuid in enumerate(self.device_uuids or [] if uuids else []):
+            plain = None if uuid is None else plain_uuid(uuid)
+            if plain in (None, named[rank]) or not (plain in named or (in_force and named[rank] is not None)):
+                continue
+            limit = f"measured as rank {named.index(plain)}" if plain in named else f"rank {rank} is {uuids[rank]}"
+            way_out = "profile the devices in the order in which they serve"
+            raise InputError(f"Placement.device_uuids[{rank}]", uuid, f"by the profile, {limit}", way_out)
 
     @property
     def num_layers(self) -> int:

@@ -110,7 +110,7 @@ def resize(
             f"the profile has {counted(profile.num_ranks, 'device')}",
             f"--add-rank {unused[0]} lets device {unused[0]} of the profile join",
         )
-    _check_devices(current, profile)
+    current.check_devices(profile.device_uuids, in_force=True)
     devices = [profile.devices[rank] for rank in kept] + joining
     if not devices:
         raise InputError("exclude_ranks", sorted(gone), "at least one rank must be left")
@@ -188,16 +188,3 @@ def _joining(add: Sequence[Source], profile: Profile, ranks: int) -> tuple[list[
         other = Profile.of(source, "add_ranks")
         joining += other.devices
     return joining, used
-
-
-def _check_devices(current: Placement, profile: Profile) -> None:
-    """A placement is right for one order of the devices only."""
-    for rank, uuid in enumerate(current.device_uuids or []):
-        measured = profile.devices[rank].uuid
-        if uuid is not None and measured is not None and uuid != measured:
-            raise InputError(
-                f"current.device_uuids[{rank}]",
-                uuid,
-                f"the profile measured {measured} as rank {rank}",
-                "profile the devices in the order in which they serve",
-            )

@@ -15,9 +15,12 @@ from gemopt.evaluate import check, evaluate, objective, rank_times
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
 from gemopt.links import Exchange
+from gemopt.online.controller import Controller
 from gemopt.placement import Placement
 from gemopt.problem import Problem, slot_counts
 from gemopt.profile import Device, Profile, Sample
+from gemopt.report import report
+from gemopt.resize import resize
 from gemopt.splits import even_shares, static_shares
 from gemopt.traces import Traces
 
@@ -205,6 +208,24 @@ def test_what_disagrees_is_refused(placement: Placement, named: str) -> None:
         evaluate(placement, flat_profile(2), traces)
     with pytest.raises(InputError, match="fitted cost model"):
         evaluate(Placement.contiguous(1, 4, 2), None, traces)
+
+
+def test_a_placement_of_the_same_devices_in_another_order_is_refused() -> None:
+    traces, flat = Traces(counts=np.ones((2, 1, 4), int)), flat_profile(2)
+    devices = [device.model_copy(update={"uuid": f"GPU-{device.rank}"}) for device in flat.devices]
+    measured = Profile(devices=devices)
+    there = Placement.contiguous(1, 4, 2)
+    turned = there.changed(device_uuids=["gpu-1", "gpu-0"])
+    told = r"device_uuids\[0\]: got gpu-1; by the profile, measured as rank 1; profile the devices in the order"
+    for score in (evaluate, Controller, report):
+        with pytest.raises(InputError, match=told):
+            score(*((measured, turned) if score is Controller else (turned, measured, traces)))  # type: ignore[operator]
+    with pytest.raises(InputError, match=told):
+        report(there, measured, traces, baseline=turned)
+    for names in (["0", "1"], ["GPU-a", "GPU-b"], [None, "GPU-1"]):  # others: what would they do on these?
+        evaluate(there.changed(device_uuids=names), measured, traces)
+    with pytest.raises(InputError, match="got GPU-a; by the profile, rank 0 is GPU-0"):  # in force on others
+        resize(there.changed(device_uuids=["GPU-a", "GPU-1"]), measured)
 
 
 def test_a_split_that_needs_senders_says_so() -> None:

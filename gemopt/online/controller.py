@@ -197,7 +197,7 @@ class Controller:
 
     def check(self, placement: Placement) -> None:
         """Raise `InputError` unless this placement can be followed."""
-        check_placement(placement, len(self.cost.latencies), self.nodes_G, self.senders)
+        check_placement(placement, len(self.cost.latencies), self.profile, self.senders)
 
     def ruled(self, placement: Placement) -> Placement:
         """A placement of the same network with the rules in force."""

@@ -11,6 +11,7 @@ from gemopt.documents.arrays import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.placement import Placement, Split
+from gemopt.profile import Profile
 from gemopt.solvers.search.state import EXACT_FLOAT32, SUMMED
 from gemopt.splits.senders import Senders
 
@@ -68,15 +69,18 @@ def check_network(placement: Placement, now: Placement) -> None:
         raise InputError("placement", found, limit)
 
 
-def check_placement(placement: Placement, num_ranks: int, nodes_G: NDArray[np.int64] | None, senders: Senders) -> None:
-    """Refuse a placement of other ranks, and copies of the nearest split of which nobody knows who sends to them."""
+def check_placement(placement: Placement, num_ranks: int, profile: Profile | None, senders: Senders) -> None:
+    """Refuse a placement of other ranks or their devices in another order, and copies of the nearest split of which
+    nobody knows who sends to them.
+    """
     if placement.num_ranks != num_ranks:
         limit = f"{num_ranks}, as the profile has devices"
         raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", limit)
+    placement.check_devices([] if profile is None else profile.device_uuids)
     if not placement.has_copies or placement.split is not Split.NEAREST:
         return
     if senders is not Senders.UNIFORM:
         limit = "counts do not say who sends to copies of the nearest split"
         raise InputError("senders", senders.value, limit, "say that all ranks send alike: --senders uniform")
-    if nodes_G is None:
+    if profile is None:
         raise InputError("profile", None, "the nearest split asks for the node of every rank")

@@ -106,14 +106,14 @@ def gather(
     digests = _digests(answer=answer, profile=profile, traces=traces, baseline=baseline, holdout=holdout, replay=replay)
     found, placement = read_answer(answer)
     measured, steps = Profile.of(profile), choose(Traces.of(traces))
-    check_agreement(placement, steps, measured.num_ranks)
+    check_agreement(placement, steps, measured)
     chosen = cost if cost is not None else (found.cost if found is not None else "") or "auto"
     model, report = fit(measured, model=chosen)
     Senders.asked_by(senders, placement.split)
     fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, senders)
     held = rest if holdout is None else choose(Traces.of(holdout))
     if held is not None:
-        check_agreement(placement, held, measured.num_ranks)
+        check_agreement(placement, held, measured)
     if holdout is not None and held is not None and (known := _known(held, fitted)) * 2 > held.num_steps:
         said = f"{known} of {held.num_steps} steps are among those given as --traces"
         raise InputError("--holdout", said, "steps that the solver did not see")
@@ -210,7 +210,7 @@ def _before(
         raise InputError(
             "baseline", f"{found.num_ranks} ranks", limit, "leave it out: the page tells the moves of a result"
         )
-    check_agreement(found, traces, profile.num_ranks)
+    check_agreement(found, traces, profile)
     file = f" {Path(baseline).name}" if isinstance(baseline, (str, os.PathLike)) else ""
     return found, f"the baseline{file}"
 

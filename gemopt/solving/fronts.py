@@ -89,7 +89,7 @@ def moves_front(
         Passed on to `gemopt.solve`.
     """
     fitted = cost_of(cost, profile)
-    check_agreement(current, traces, profile.num_ranks)
+    check_agreement(current, traces, profile)
     if options.get("rules") is not None:
         current = current.under(Rules.of(options["rules"]), profile.node_of_rank)
     given, kept = traces.split(holdout) if holdout else (traces, None)
