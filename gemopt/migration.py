@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.placement import EMPTY, GivenPlacement, Placement
+from gemopt.topology.doubts import INSIDE_GBS, LEAST_GBS
 
 IntArray = NDArray[np.int64]
+LEAST_BYTES, MOST_BYTES = 1e4, 5e9  # of an expert of a network that anybody serves
 BATCH_BYTES = 1 << 26  # that layers copied beside serving, and committed together, may take of a rank at once
 
 
@@ -236,6 +238,18 @@ def batches(layers: Iterable[int], bytes_NG: Sequence[NDArray[Any]], limit_bytes
         found[-1].append(index)
         full_G = full_G + bytes_G
         seen.add(layer)
+    return found
+
+
+def size_doubts(expert_bytes: float | None, gbs: float | None = None, limit_bytes: float | None = None) -> list[str]:
+    """Sentences on what is hardly in bytes of one expert, in GB/s of a rank, or in bytes that a rank may receive."""
+    found = []
+    if expert_bytes is not None and not LEAST_BYTES <= expert_bytes <= MOST_BYTES:
+        found.append(f"an expert of {expert_bytes:g} bytes: is that in bytes, and of one layer?")
+    if gbs is not None and not LEAST_GBS <= gbs <= INSIDE_GBS:
+        found.append(f"experts copied at {gbs:g} GB/s, {gbs * 1e9:g} bytes per second: is the unit right?")
+    if expert_bytes is not None and limit_bytes is not None and 0 < limit_bytes < expert_bytes:
+        found.append(f"a rank may receive {limit_bytes:g} bytes, and an expert has {expert_bytes:g}: nothing moves")
     return found
 
 

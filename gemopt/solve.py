@@ -15,6 +15,7 @@ from gemopt.costs import CostModel, cost_of, fit
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError
 from gemopt.links import Exchange, Links
+from gemopt.migration import size_doubts
 from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
@@ -205,6 +206,10 @@ def solve(
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
                 slots_per_rank = slots_within(held_G, slots_per_rank, traces.num_layers, traces.num_experts)
+            told = memory_budget is not None or moving is not None
+            doubts = size_doubts(
+                expert_bytes or profile.model.expert_bytes if told else None, bandwidth, max_bytes_per_rank
+            )
 
             policy, senders = _policy(split, senders, moving)
             free = problems(
@@ -235,7 +240,9 @@ def solve(
         )  # fmt: skip
         with cores.at_most(threads if len(layers) == 1 else 1), hurried.call(clock + time_limit, interrupted.is_set):
             bound_us = _go(run, held_G, moving, links, compute_slack)
-        result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made), note)
+        result = asked_rules.stamped(
+            answer(run, profile, traces, cost, report, moving, bound_us, senders, made), note, *doubts
+        )
         if certificate is not None and result.placement is not None:
             if notice is not None and any(layer.together is not None for layer in layers):
                 notice(f"checking in whole numbers what the certificate of {counted(len(layers), 'layer')} states")

@@ -128,7 +128,21 @@ def test_events_that_slow_no_scored_step_are_said(inputs: list[Any], capsys: pyt
     code, out, err = gemopt(capsys, *inputs, "--strategies", "contiguous", "--event", "1:2@3-30")
     assert code == 0 and "1:2@3-30 is over before step 30, the first that is scored" in out + err
     code, out, err = gemopt(capsys, *inputs, "--strategies", "contiguous", "--event", "1:2@3-31")
-    assert code == 0 and "is over before" not in out + err
+    assert code == 0 and "is over before" not in out + err and "times the time" not in out + err
+    code, out, err = gemopt(capsys, *inputs, "--strategies", "contiguous", "--event", "1:0.8@40", "--event", "2:30@40")
+    assert code == 0 and "1:0.8@40 is 0.8 times the time, quicker; at 0.8 of the speed: 1.25" in out + err
+    assert "2:30@40 is 30 times the time; 30 % more is 1.3" in out + err
+
+
+def test_sizes_and_bandwidths_that_hardly_are_in_their_unit_are_said(
+    inputs: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = (*inputs, "--strategies", "contiguous")
+    code, out, err = gemopt(capsys, *common, "--expert-bytes", "9.4", "--bandwidth", 20000)
+    assert code == 0 and "an expert of 9.4 bytes: is that in bytes, and of one layer?" in out + err
+    assert "copied at 20000 GB/s, 2e+13 bytes per second: is the unit right?" in out + err
+    code, out, err = gemopt(capsys, *common, "--expert-bytes", "9.4e6", "--bandwidth", 400)
+    assert code == 0 and "note" not in out + err
 
 
 def test_moves_are_drawn_in_proportion_unless_they_are_far_apart(inputs: list[Any]) -> None:

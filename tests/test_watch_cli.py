@@ -51,6 +51,14 @@ def test_command_line(folder: Path, run: Callable[..., tuple[int, str]]) -> None
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C of who called is as before"
 
 
+def test_a_policy_in_another_unit_is_said(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    grow(folder, 0, traffic(hot=0))
+    (folder / "policy.json").write_text(json.dumps({"bytes_per_s": 50, "expert_bytes": 9.4}))
+    code, output = run("--policy", str(folder / "policy.json"), "-o", str(folder / "new.json"))
+    assert code == 0 and "note: experts copied at 5e-08 GB/s, 50 bytes per second: is the unit right?" in output
+    assert "note: an expert of 9.4 bytes" in output
+
+
 def test_one_look_reads_an_engines_files(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
     np.save(folder / "traces" / "counts.npy", traffic(hot=0).counts)
     code, output = run("--from", "array", "--interval", "0.05")

@@ -136,7 +136,7 @@ def _migration(
     links.doubt(topology)
     wired = load(topology)
     wired.check_ranks(profile.num_ranks)
-    return options.copying(profile, expert_bytes, None, bytes_per_s=wired.slowest_gbps(found.expert_bytes) * 1e9)
+    return found.model_copy(update={"bytes_per_s": wired.slowest_gbps(found.expert_bytes) * 1e9})
 
 
 def _tell(advice: Advice) -> None:

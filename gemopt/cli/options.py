@@ -198,7 +198,9 @@ def copying(profile: Profile, expert_bytes: float | None, gbps: float | None, **
     InputError
         A number that makes no sense, by the name of its option.
     """
+    from gemopt.cli.app import notice
     from gemopt.exceptions import ABOVE_0, InputError, check_number
+    from gemopt.migration import size_doubts
     from gemopt.replay import Migration
 
     if gbps is not None:
@@ -207,9 +209,12 @@ def copying(profile: Profile, expert_bytes: float | None, gbps: float | None, **
     if expert_bytes is not None:
         others["expert_bytes"] = expert_bytes
     try:
-        return Migration(**Migration.of(profile).model_dump(exclude_unset=True) | others)
+        found = Migration(**Migration.of(profile).model_dump(exclude_unset=True) | others)
     except InputError as error:
         raise error.about("--" + error.field.partition(".")[2].replace("_", "-")) from None
+    for each in size_doubts(found.expert_bytes, found.bytes_per_s / 1e9):
+        notice(f"note: {each}")
+    return found
 
 
 def note_doubts(profile: Profile, traces: Traces) -> None:

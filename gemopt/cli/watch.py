@@ -133,6 +133,7 @@ def _words(command: str | None) -> Sequence[str]:
 def _controller(
     profile: Path, placement: Path, rules: Path | None, senders: str | None, policy: Path | None
 ) -> Controller:
+    from gemopt.migration import size_doubts
     from gemopt.online.controller import Controller
     from gemopt.online.policy import Policy
     from gemopt.placement import Placement
@@ -144,7 +145,10 @@ def _controller(
         in_force = in_force.under(Rules.load(rules), measured.node_of_rank)
     if in_force.rules is not None:
         _log(f"keeps rules: {in_force.rules.brief()}")
-    return Controller(measured, in_force, Policy() if policy is None else _policy(policy), senders=senders)
+    found = Controller(measured, in_force, Policy() if policy is None else _policy(policy), senders=senders)
+    for each in size_doubts(found.expert_bytes, found.policy.bytes_per_s / 1e9):
+        _log(f"note: {each}")
+    return found
 
 
 def _policy(path: Path) -> Policy:

@@ -112,11 +112,11 @@ class ReplayResult(Document):
 
     @property
     def notes(self) -> list[str]:
-        """What there is to know about the events: one line for each that slows no scored step."""
+        """A line for each event that slows no scored step, or whose factor may be a share or per cents."""
         over = self.schedule.before(self.first_step)
         return [
             f"{event} is over before step {self.first_step}, the first that is scored: it slows none" for event in over
-        ]
+        ] + [said for event in self.schedule.events if (said := event.doubt)]
 
     def row(self, strategy: str) -> ReplayRow:
         """The row of one strategy."""

@@ -13,7 +13,7 @@ from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 
 _EVENT = re.compile(r"(\d+):(fail|\d+(?:\.\d+)?)@(\d+)(?:-(\d+))?")
-LARGEST_FACTOR = 1e3
+LARGEST_FACTOR, APART = 1e3, 4.0  # APART: times the time from which a factor may be per cents
 
 
 class Event(Settings):
@@ -31,6 +31,14 @@ class Event(Settings):
     def fails(self) -> bool:
         """Whether the rank is gone rather than slow."""
         return self.factor == 0
+
+    @property
+    def doubt(self) -> str:
+        """What a factor says that may be meant as a share of the speed, or as per cents; else empty."""
+        said, factor = f"{self} is {self.factor:g} times the time", self.factor
+        if 0 < factor < 1:
+            return f"{said}, quicker; at {factor:g} of the speed: {1 / factor:.4g}"
+        return f"{said}; {factor:g} % more is {1 + factor / 100:g}" if factor >= APART else ""
 
     def __str__(self) -> str:
         what = "fail" if self.fails else f"{self.factor:g}"

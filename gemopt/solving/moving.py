@@ -62,9 +62,11 @@ class Asked:
             if (value := getattr(self, name)) is not None:
                 whole = name.startswith("max_moves")
                 check_number(name, value, f"a {'whole ' * whole}number of at least 0", whole=whole)
-        for name in ("expert_bytes", "bandwidth", "horizon_steps"):
+        for name in ("expert_bytes", "horizon_steps"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, "a number above 0", least=ABOVE_0)
+        if self.bandwidth is not None:
+            check_number("bandwidth", self.bandwidth, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
         if self.current is None:
             self._needs_a_placement()
         if self.move_price is not None and self.bandwidth is not None:

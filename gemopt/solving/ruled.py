@@ -111,9 +111,9 @@ class Ruled:
         found = layer_rules(self.rules, traces.layer_ids, traces.num_experts, len(self.nodes_G), self.nodes_G)
         return [replace(problem, rules=each) for problem, each in zip(layers, found, strict=True)]
 
-    def stamped(self, result: Result, note: str = "") -> Result:
-        """The result whose placement says which rules it keeps, with one more note."""
-        notes, placement = [*result.notes, *filter(None, (self.note, note))], result.placement
+    def stamped(self, result: Result, *more: str) -> Result:
+        """The result whose placement says which rules it keeps, with more notes."""
+        notes, placement = [*result.notes, *filter(None, (self.note, *more))], result.placement
         if self.rules is not None and placement is not None:
             placement = placement.under(self.rules, self.nodes_G)
         return result.model_copy(update={"placement": placement, "notes": notes})
