@@ -31,7 +31,9 @@ TWO = {"node_of_rank": [0, 0, 1, 1], "within_node": {"bandwidth_gbs": 450.0}, "b
         ("between_nodes", {"bandwidth_gbs": 50.0, "latency_us": 2200.0}, "is that in microseconds"),
         ("between_nodes", {"points": [(1.0, 22.0), (16.0, 360.0)]}, "are the bytes bytes"),
         ("between_nodes", {"points": [(1024.0, 22.0), (1e9, 1400.0)]}, ""),  # measured over NVLink, in bytes
-        ("within_node", {"bandwidth_gbs": 900.0}, ""),
+        ("within_node", {"bandwidth_gbs": 450.0}, ""),
+        ("within_node", {"bandwidth_gbs": 900.0}, "on H100 that of both directions together: 450 in each"),
+        ("within_node", {"points": [(0.0, 0.0), (65536.0, 400.0)]}, "are the bytes bytes"),  # KiB
         ("within_node", {"bandwidth_gbs": 7200.0}, "for 7200 Gb/s write 900"),
     ],
 )
@@ -46,6 +48,28 @@ def test_links_of_pairs() -> None:
     assert "for 400 Gb/s write 50" in found
     matrix[2][1] = 50.0
     assert doubts(Topology(node_of_rank=[0, 0, 1], pair_bandwidth_gbs=matrix)) == []
+    latency = [[0.0, 0.02, 10.0], [0.02, 0.0, 10.0], [10.0, 10.0, 0.0]]
+    (found,) = doubts(Topology(node_of_rank=[0, 0, 1], pair_bandwidth_gbs=matrix, pair_latency_us=latency))
+    assert found == "pairs: an exchange of next to nothing takes 0.02 us: is that in microseconds?"
+    (found,) = doubts(Topology(node_of_rank=[0, 1], pair_bandwidth_gbs=[[0.0, 0.05], [0.05, 0.0]]))
+    assert "pairs: 0.05 GB/s" in found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inside", "across", "said"),
+    [
+        (1, 376.0, 0.0, ["2632 GB/s at once within node: were pairs measured one at a time?"]),  # of nvbandwidth
+        (2, 376.0, 45.0, ["180 GB/s at once between nodes: were pairs measured one at a time?"]),  # of ib_write_bw
+        (1, 64.0, 0.0, []),  # a link of its own for each pair of MI300X
+    ],
+)
+def test_pairs_that_were_measured_one_at_a_time(nodes: int, inside: float, across: float, said: list[str]) -> None:
+    node = [rank * nodes // 8 for rank in range(8)]
+    matrix = [[0.0 if a == b else inside if node[a] == node[b] else across for b in range(8)] for a in range(8)]
+    found = doubts(Topology(node_of_rank=node, pair_bandwidth_gbs=matrix))
+    assert len(found) == len(said) and all(part in each for part, each in zip(said, found, strict=True))
+    ports = {"within_node": {"bandwidth_gbs": 310.0}} | ({"between_nodes": {"bandwidth_gbs": 47.0}} if across else {})
+    assert doubts(Topology(node_of_rank=node, pair_bandwidth_gbs=matrix, **ports)) == []
 
 
 def test_levels_that_may_be_swapped() -> None:

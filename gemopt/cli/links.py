@@ -165,8 +165,9 @@ def described(topology: Topology) -> list[str]:
             ends = f"{first:g} us for {low:,.0f} bytes to {last:g} us for {high:,.0f}"
             speed = f"{counted(len(level.points), 'point')}, {ends}"
         lines.append(f"{name.replace('_', ' ')}: {speed}, a port per {level.port_of}")
-    if topology.pair_bandwidth_gbs is not None:
-        lines.append("a link from every rank to every other")
+    if (pairs := topology.pair_bandwidth_gbs) is not None:
+        most = max(float(row.sum() - row[rank]) for rank, row in enumerate(pairs))
+        lines.append(f"a link from every rank to every other, up to {most:g} GB/s out of a rank over all of them")
     if topology.source:
         lines.append(f"source: {topology.source}")
     return lines

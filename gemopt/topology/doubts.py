@@ -10,14 +10,15 @@ from gemopt.topology import LEVELS, Level, Topology
 
 NIC_GBS = 100.0  # of an 800 Gb/s NIC, the fastest there is for a GPU
 INSIDE_GBS = 1800.0  # of NVLink 6 in each direction; NVLink 4 has 450, NVLink 5 900
-LEAST_GBS = 0.1
+BOTH_WAYS = {600.0: "A100", 900.0: "H100", 1800.0: "B200"}  # of NVLink on data sheets: twice that of a direction
+LEAST_GBS, LEAST_INSIDE_GBS = 0.1, 1.0
 SHORT_US, LONG_US = 0.5, 1e3  # latencies of an exchange beyond are hardly in microseconds
 
 
 def doubts(topology: Topology) -> list[str]:
     """One sentence each on bandwidths that may be Gb/s, TB/s or MB, and latencies that may be milliseconds."""
     return [found for name in LEVELS if (level := getattr(topology, name)) is not None
-            for found in _of_level(topology, name, level)] + _of_pairs(topology) + _swapped(topology)  # fmt: skip
+            for found in _of_level(topology, name, level)] + [*_of_pairs(topology), *_swapped(topology)]  # fmt: skip
 
 
 def _of_level(topology: Topology, name: str, level: Level) -> Iterator[str]:
@@ -26,10 +27,15 @@ def _of_level(topology: Topology, name: str, level: Level) -> Iterator[str]:
     most = sharers * (INSIDE_GBS if name == LEVELS[0] else NIC_GBS)
     if level.bandwidth_gbs is not None and level.bandwidth_gbs > most:
         yield _fast(f"{name}.bandwidth_gbs", level.bandwidth_gbs, most, inside=name == LEVELS[0])
-    curve = level.curve
-    if curve.slope > 1e-3 / LEAST_GBS:
-        yield f"{name}: {1e-3 / curve.slope:.2g} GB/s: are the bytes bytes, and the bandwidth not in TB/s?"
-    latency_us = float(curve(0.0))
+    gbs = level.bandwidth_gbs or 0.0
+    if name == LEVELS[0] and level.port_of == "rank" and (gpu := BOTH_WAYS.get(gbs)):
+        yield f"{name}.bandwidth_gbs is {gbs:g} GB/s, on {gpu} that of both directions together: {gbs / 2:g} in each"
+    yield from _slow(name, 1e-3 / level.curve.slope, float(level.curve(0.0)), inside=name == LEVELS[0])
+
+
+def _slow(name: str, gbs: float, latency_us: float, *, inside: bool) -> Iterator[str]:
+    if gbs < (LEAST_INSIDE_GBS if inside else LEAST_GBS):
+        yield f"{name}: {gbs:.2g} GB/s: are the bytes bytes, and the bandwidth not in TB/s?"
     if 0 < latency_us < SHORT_US or latency_us > LONG_US:
         yield f"{name}: an exchange of next to nothing takes {latency_us:g} us: is that in microseconds?"
 
@@ -40,16 +46,26 @@ def _fast(field: str, gbs: float, most: float, *, inside: bool) -> str:
     return f"{field} is {gbs:g} GB/s, and {best} {most:g} at most: for {gbs:g} Gb/s write {gbs / 8:g}{more}"
 
 
-def _of_pairs(topology: Topology) -> list[str]:
-    matrix = topology.pair_bandwidth_gbs
+def _of_pairs(topology: Topology) -> Iterator[str]:
+    matrix, latencies = topology.pair_bandwidth_gbs, topology.pair_latency_us
     if matrix is None:
-        return []
+        return
     node = topology.node_of_rank
     across = node[:, None] != node[None]
     inside = ~across & ~np.eye(len(node), dtype=bool)
-    fastest = [(matrix[chosen].max(initial=0.0), most, one) for chosen, most, one in
-               ((inside, INSIDE_GBS, True), (across, NIC_GBS, False))]  # fmt: skip
-    return [_fast("pair_bandwidth_gbs", float(gbs), most, inside=one) for gbs, most, one in fastest if gbs > most]
+    for level, chosen, most in zip(LEVELS, (inside, across), (INSIDE_GBS, NIC_GBS), strict=False):
+        if not chosen.any():
+            continue
+        within, fastest = level == LEVELS[0], float(matrix[chosen].max())
+        at_once = float(np.where(chosen, matrix, 0.0).sum(axis=1).max())
+        if fastest > most:
+            yield _fast("pair_bandwidth_gbs", fastest, most, inside=within)
+        elif at_once > most and getattr(topology, level) is None:
+            said = f"pair_bandwidth_gbs lets a rank send {at_once:g} GB/s at once {level.replace('_', ' ')}"
+            yield f"{said}: were pairs measured one at a time? then say what its port carries too, {level}"
+        times = np.zeros(1) if latencies is None else latencies[chosen]
+        odd = times[(times > 0) & ((times < SHORT_US) | (times > LONG_US))]
+        yield from _slow("pairs", float(matrix[chosen].min()), float([*odd, 0.0][0]), inside=within)
 
 
 def _swapped(topology: Topology) -> list[str]:
