@@ -125,7 +125,14 @@ def test_nccl_tests_output_that_a_windows_shell_wrote(tmp_path: Path) -> None:
     assert read_links(str(path)).num_ranks == 2
 
 
-def as_json(test: str = "alltoall", host: str = "Node1", time: str = "time", **changes: Any) -> str:
+def as_json(
+    test: str = "alltoall",
+    host: str = "Node1",
+    time: str = "time",
+    failed: int = 0,
+    bus_bw: float = 0.1,
+    **changes: Any,
+) -> str:
     """What `-J` writes of the same run."""
     hosts = ("Node1", host)
     devices = [
@@ -135,11 +142,12 @@ def as_json(test: str = "alltoall", host: str = "Node1", time: str = "time", **c
     config = {"nthreads": 1, "ngpus": 1, "aggregated_iterations": 1, "devices": devices} | changes
     rows = [
         {"size": size, "count": size // 8, "type": "float", "redop": "none", "root": "    -1",
-         "out_of_place": {time: us, "alg_bw": 0.1, "bus_bw": 0.1, "nwrong": 0.0}, "in_place": None}
+         "out_of_place": {time: us, "alg_bw": 2 * bus_bw, "bus_bw": bus_bw, "nwrong": 0.0}, "in_place": None}
         for size, us in ((1024, 12.5), (2048, 12.25), (4096, 20.0))
     ]  # fmt: skip
     args = [f"./build/{test}_perf", "-J", "run.json"]
-    return json.dumps({"version": 2, "args": args, "nccl_version": 22907, "config": config, "results": rows})
+    found = {"version": 2, "args": args, "nccl_version": 22907, "config": config, "results": rows}
+    return json.dumps({**found, "out_of_bounds": {"count": failed, "okay": str(not failed).lower()}})
 
 
 def test_the_json_of_nccl_tests_reads_as_what_it_prints(tmp_path: Path) -> None:
@@ -155,6 +163,9 @@ def test_the_json_of_nccl_tests_reads_as_what_it_prints(tmp_path: Path) -> None:
         (as_json(ngpus=8), "1 of the 8 GPUs of a process"),
         (as_json(aggregated_iterations=4), "without -m"),
         (as_json().replace('"nwrong": 0.0', '"nwrong": 3.0'), "#wrong 3.0 at 1024 bytes"),
+        (as_json(failed=12), "out_of_bounds 12; 0: what was received"),
+        (as_json("sendrecv", bus_bw=90.0), "as of sendrecv_perf on the 2 ranks listed; are ranks missing"),
+        (as_json().replace("12.25", '"nan"'), "JSON without some of them"),
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=said):
@@ -239,6 +250,9 @@ def test_failed_checks_and_times_that_differ_manyfold_are_refused(tmp_path: Path
     path.write_text(text + text[text.index("     1048576") :].replace("   23.50 ", "  235.00 "))
     with pytest.raises(InputError, match=r"got 23\.5 and 235 us for 917504 bytes; repeats that agree"):
         read_links(str(path))
+    path.write_text(text + text[text.index("     1048576") :].replace("   23.50 ", "   60.00 "))
+    said = "; repeats of 1 size are apart, as at 917504 bytes: 23.5 to 60 us"
+    assert said in str(read_links(str(path)).source)
     path.write_text(clear_run(8, 7 / 8).replace("  914.78 ", "    0.91 ").replace("   75.92 ", "    0.07 "))
     with pytest.raises(InputError, match="bytes and microseconds"):
         read_links(str(path))
@@ -259,6 +273,10 @@ def test_failed_checks_and_times_that_differ_manyfold_are_refused(tmp_path: Path
         ("#bytes #iterations BW peak[Gb/sec] BW average[Gb/sec]\n65536 5000 391 390\n", "a network card's test"),
         ("# OSU MPI-CUDA All-to-All Personalized Exchange Latency Test v7.3\n1024 20.1\n", "OSU's benchmark"),
         ("\tGPU0\tGPU1\nGPU0\t X \tNV18\nGPU1\tNV18\t X\n", "not how fast"),
+        ("ACCESS TABLE:\n 0000:05:00.0\n\nWEIGHT TABLE:\n0000:05:00.0 0 15\n", "not how fast"),
+        ("Unidirectional P2P=Enabled Bandwidth (P2P Writes) Matrix (GB/s)\n D\\D 0 1\n", "copies between pairs"),
+        ("memcpy CE GPU(row) <- GPU(column) bandwidth (GB/s)\n  0  1\n0 N/A 397.61\n", "copies between pairs"),
+        ("#bytes #iterations t_min[usec] t_max[usec]\n2 1000 1.80 4.05\n", "a network card's test"),
         ("EP: 4/16 | expanded dispatch: 115 GB/s (SO), 1064.000 us\n", "DeepEP's tests"),
     ],
 )
@@ -274,6 +292,9 @@ def test_outputs_without_the_name_of_the_test_are_told_by_the_file(tmp_path: Pat
     (tmp_path / "run.txt").write_text(text)
     with pytest.raises(InputError, match=r"an unnamed test.*name the file after it, alltoall_perf\.txt"):
         read_links(str(tmp_path / "run.txt"))
+    (tmp_path / "alltoallv_perf.txt").write_text(text)
+    with pytest.raises(InputError, match="an unnamed test"):
+        read_links(str(tmp_path / "alltoallv_perf.txt"))
     (tmp_path / "alltoall_perf.txt").write_text(text)
     level = read_links(str(tmp_path / "alltoall_perf.txt")).within_node
     assert level is not None and level.points is not None and len(level.points) == 3

@@ -24,16 +24,17 @@ TAG = re.compile(
 )  # mpirun --tag-output, srun --label, kubectl logs --prefix --timestamps
 OTHERS = {
     "nvidia-smi, rocm-smi or npu-smi topo, which tells how GPUs are linked, not how fast": re.compile(
-        r"NUMA Affinity|CPU Affinity|^[GN]PU0\s+X\s|(Link Type|Weight|Hops) between two GPUs", re.MULTILINE
+        r"NUMA Affinity|CPU Affinity|^ ?[GN]PU0\s+X\s|(Link Type|Weight|Hops) between two GPUs|^WEIGHT TABLE:",
+        re.MULTILINE,
     ),
     "HCCL's test, which does not tell the ranks": re.compile(r"data_size\(Bytes\)"),
     "a log of DeepEP's tests, of one number of tokens": re.compile(
         r"Dispatch (\+ combine )?bandwidth|Best dispatch|expanded dispatch:"
     ),
     "copies between pairs, one at a time": re.compile(
-        r"nvbandwidth Version|P2P \(Peer-to-Peer\)|RocmBandwidthTest|TransferBench v"
+        r"nvbandwidth Version|P2P \(Peer-to-Peer\)|P2P=(En|Dis)abled|memcpy [CS][EM] |RocmBandwidthTest|TransferBench v"
     ),
-    "a network card's test between two hosts": re.compile(r"RDMA_\w+ BW Test|Send BW Test|BW peak\["),
+    "a network card's test between two hosts": re.compile(r"(RDMA_\w+|Send) (BW|Latency) Test|BW peak\[|t_min\[usec\]"),
     "OSU's benchmark, which does not tell the ranks": re.compile(r"^# OSU ", re.MULTILINE),
 }
 

@@ -319,8 +319,23 @@ def _refuse_scattered(times: list[float], size: float, source: str) -> None:
 
 
 def smoothed(points: list[tuple[float, float]], level: Level) -> str:
-    """What to say of measured points that `rising` moved by more than `MOVED`."""
+    """What to say of measured points that are more than `MOVED` off their median, or that `rising` moved by more."""
     pairs = [(*point, was) for point, was in zip(level.points or [], _medians(points), strict=True)]
+    return _apart(points, pairs) + _moved(pairs)
+
+
+def _apart(points: list[tuple[float, float]], pairs: list[tuple[float, float, float]]) -> str:
+    by_size = [(size, was, [us for each, us in points if each == size]) for size, _, was in pairs]
+    far = [(max(us) / min(us), size, us) for size, was, us in by_size if max(us) - was > MOVED * was > 0]
+    if not far:
+        return ""
+    _, size, us = max(far)
+    return (
+        f"; repeats of {counted(len(far), 'size')} are apart, as at {size:.6g} bytes: {min(us):.4g} to {max(us):.4g} us"
+    )
+
+
+def _moved(pairs: list[tuple[float, float, float]]) -> str:
     moved = [(max(us, was) / min(us, was), size, was, us) for size, us, was in pairs if abs(us - was) > MOVED * was]
     if not moved:
         return ""
