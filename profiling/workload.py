@@ -52,13 +52,17 @@ def forced_routing(assignments: int, active: int, num_experts: int, *, first: in
 
 @dataclass
 class Experts:
-    """Experts of one rank, with enough copies of the weights that calls in turn do not find them in the cache."""
+    """Experts of one rank, with enough copies of the weights that calls in turn do not find them in the cache.
+
+    notes: what a config says of the weights and these have not.
+    """
 
     shape: MoeShape
     kernel: str
     device: Device
     forwards: list[Forward]
     id_dtype: torch.dtype = torch.int64
+    notes: tuple[str, ...] = ()
 
     def prepare(self, assignments: int, active: int) -> Callable[[], object]:
         """See `Workload`. Calls go through the copies and through the experts of each."""
@@ -145,10 +149,11 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
     except Exception as error:  # transformers raises many kinds here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError("--model", path, "a folder or hub name with a transformers config", first) from None
-    auto = auto_class(config)
+    auto, text = auto_class(config), config.get_text_config()
+    told, packed = (getattr(config, key, None) or getattr(text, key, None) for key in ("dtype", "quantization_config"))
     try:
         with torch.device("meta"):
-            network = auto.from_config(config)
+            network = auto.from_config(config, dtype=told)  # of networks that also see, the text part says it
     except Exception as error:
         raise InputError("--model", path, "a config of a network", f"{type(error).__name__}: {error}") from None
     whole, layer = describe(network), find_moe_layers(network)[0]
@@ -161,13 +166,25 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
     forwards: list[Forward] = [_filled(experts, device) for _ in range(copies_needed(layer_bytes, device.cache_bytes))]
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
     shape = whole.model_copy(update={"num_local_experts": local, "name": whole.name or path})
-    built = Experts(shape, f"transformers:{implementation}", device, forwards)
+    notes = _unlike(shape, told, packed)
+    built = Experts(shape, f"transformers:{implementation}", device, forwards, notes=notes)
     try:
         built.prepare(1, 1)()
     except (TypeError, ValueError, IndexError) as error:
         limit = f"experts that run one row per assignment ({error})"
         raise UnsupportedError("--model", shape.name, limit, "measure its sizes with --shape") from None
     return built
+
+
+def _unlike(shape: MoeShape, told: object, packed: object) -> tuple[str, ...]:
+    """What is measured otherwise than a config says; packed: its `quantization_config`."""
+    said = [] if told else [f"config.json tells no dtype: measured in {shape.dtype}"]
+    if isinstance(packed, dict):
+        kind = packed.get("quant_algo") or packed.get("quant_method") or "another type"
+        measured = f"measured in {shape.dtype}, experts of {shape.expert_bytes} bytes"
+        way_out = "a table of the engine's kernel (gemopt profile import) tells what that takes"
+        said.append(f"quantization_config tells of weights in {kind}: {measured}; {way_out}")
+    return tuple(said)
 
 
 def _filled(meta: nn.Module, device: Device) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gemopt.cli.app import examples, print_json, profile_app, say, tell
+from gemopt.cli.app import examples, notice, print_json, profile_app, say, tell
 from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
@@ -146,6 +146,8 @@ def _rank(group: Any, source: dict[str, Any], options: dict[str, Any], block_ms:
 
     device = Device(source.pop("device"), local_rank=group.local_rank)
     workload = find_workload(**source, device=device, rank=group.rank, num_ranks=group.size)
+    for each in workload.notes if group.rank == 0 else ():
+        notice(f"note: {each}")
     block_us = Timing.suited(device).block_us if block_ms is None else block_ms * 1e3
     return Rank(workload, device, group, Options(**options, timing=Timing(block_us=block_us, seconds=seconds)))
 
