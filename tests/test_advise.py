@@ -250,6 +250,20 @@ def test_a_shape_times_the_rest_of_a_step() -> None:
     assert sized.migration.expert_bytes == 3 * 64 * 32 * 2
 
 
+def test_shapes_in_other_units_and_of_other_experts_are_doubted() -> None:
+    measured = profile()
+    assert ModelShape.parse(SHAPE).doubts(measured) == []
+    other = SHAPE.replace("memory_gbps=1000", "memory_gbps=3.35").replace("tflops=100", "tflops=0.989")
+    said = ModelShape.parse(other + ",dtype_bytes=8").doubts(measured)
+    assert [each.partition(" is hardly in ")[0] for each in said] == [
+        "--model memory_gbps: 3.35", "--model tflops: 0.989", "--model dtype_bytes: 8",
+    ]  # fmt: skip
+    sized = measured.with_model(expert_bytes=3 * 64 * 32 * 2)
+    dense = ModelShape.parse(SHAPE + ",intermediate_size=288")  # that of the layers without experts
+    assert dense.doubts(sized) == ["--model tells of experts of 110592 bytes, the profile of 12288, which are taken"]
+    assert ModelShape.parse(SHAPE + ",intermediate_size=32").doubts(sized) == []
+
+
 def test_the_slowest_port_of_a_topology_is_what_copies_go_through() -> None:
     inside = Level(bandwidth_gbs=100)
     flat = Topology(node_of_rank=np.zeros(4, int), within_node=inside)

@@ -24,6 +24,8 @@ def words(tmp_path: Path) -> list[Any]:
     node = {"within_node": {"bandwidth_gbs": 100}}
     (tmp_path / "links.json").write_text(json.dumps({"node_of_rank": [0, 0, 1, 1], **node}))
     (tmp_path / "wrong.json").write_text(json.dumps({"node_of_rank": [0, 0], **node}))
+    network = {"model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4, "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(network))
     Rules(together=[{"experts": [0, 1, 2]}]).save(tmp_path / "tights.json")
     return ["advise", tmp_path / "profile.json", tmp_path / "traces.safetensors", "--window", 8, "--no-sweep"]
 
@@ -63,6 +65,8 @@ def test_commands_name_the_same_steps_costs_and_files(
         ),
         (["--model", SHAPE + ",num_experts=16"], "--model num_experts: got 16; 8 in the traces"),
         (["--model", "heads=4"], "--model hidden_size: got nothing"),
+        (["--model", SHAPE.replace("kv_heads=2", "kv_heads=8")], "--model kv_heads: got 8; at most 4, as heads"),
+        (["--model", "config.json"], "--model: got the config.json of a network; hidden_size, heads (there num_"),
         (["--model", "/no/such/shape.json"], "/no/such/shape.json"),
         (["--window", "25"], "traces: got 24 steps to score; at least the 25 of a window"),
         (["--horizon", "0"], "--horizon: got 0"),

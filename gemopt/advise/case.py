@@ -86,6 +86,7 @@ def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_byte
     migration = migration or Migration.of(profile)
     if shape is not None:
         shape.check(profile, traces)
+        notes += shape.doubts(profile)
         if shape.expert_bytes is not None and "expert_bytes" not in migration.model_fields_set:
             migration = migration.model_copy(update={"expert_bytes": shape.expert_bytes})
     fitted = cost_of(cost, profile)
@@ -96,6 +97,8 @@ def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_byte
             tokens, assignments, profile.num_ranks, traces.num_layers, migration.bytes_per_s / 1e9
         )
         notes.append(f"{non_moe_us:.0f} us a step outside the MoE layers, from --model: a roofline, not a measurement")
+    elif non_moe_us is not None and 0 < non_moe_us < 1:
+        notes.append(f"--non-moe-us {non_moe_us:g}: is that in microseconds?")
     if non_moe_us is None:
         non_moe_us = 0.0
         notes.append("nothing known of the time outside the MoE layers: no transfer hides there; give --non-moe-us")

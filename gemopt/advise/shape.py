@@ -8,10 +8,17 @@ from typing import Any
 
 from pydantic import Field
 
-from gemopt.documents import Settings, read_json
+from gemopt.documents import Settings, foreign, read_json
 from gemopt.exceptions import InputError, check_kind
 from gemopt.profile import Profile
 from gemopt.traces import Traces
+
+USUAL = {
+    "memory_gbps": (20.0, 5e4, "10^9 bytes per second"),
+    "tflops": (1.0, 5e4, "10^12 operations per second"),
+    "dtype_bytes": (0.5, 4.0, "bytes"),
+}
+APART = 1.5  # times the size of an expert; scales and zero points add less
 
 
 class ModelShape(Settings):
@@ -57,6 +64,11 @@ class ModelShape(Settings):
             if not isinstance(found, dict):
                 raise InputError("--model", text, "a JSON object")
             fields = found
+        if (other := foreign.of_object(fields)[0]) or "text_config" in fields:
+            limit = "hidden_size, heads (there num_attention_heads), kv_heads, head_dim, context, tflops, memory_gbps"
+            raise InputError(
+                "--model", other or "the config.json of a network", limit, "write those of it and the device"
+            )
         try:
             return cls(**fields)
         except InputError as error:
@@ -65,6 +77,8 @@ class ModelShape(Settings):
     def check(self, profile: Profile, traces: Traces) -> None:
         """`InputError` where the profile or the traces are of another network."""
         measured = profile.model
+        if self.kv_heads > self.heads:
+            raise InputError("--model kv_heads", self.kv_heads, f"at most {self.heads}, as heads", "are they swapped?")
         known = [(name, getattr(measured, name), "the profile") for name in
                  ("hidden_size", "intermediate_size", "num_experts", "top_k")]  # fmt: skip
         known += [("num_experts", traces.num_experts, "the traces"), ("top_k", traces.top_k, "the traces")]
@@ -73,6 +87,18 @@ class ModelShape(Settings):
             ours = getattr(self, name)
             if ours is not None and other is not None and ours != other:
                 raise InputError(f"--model {name}", ours, f"{other} in {who}", "the shape of the measured network")
+
+    def doubts(self, profile: Profile) -> list[str]:
+        """Sentences on figures that are hardly in their unit, and on experts of another size than the profile's."""
+        found = [
+            f"--model {name}: {getattr(self, name):g} is hardly in {unit}"
+            for name, (least, most, unit) in USUAL.items()
+            if not least <= getattr(self, name) <= most
+        ]
+        ours, theirs = self.expert_bytes, profile.model.expert_bytes
+        if ours and theirs and not theirs / APART <= ours <= theirs * APART:
+            found.append(f"--model tells of experts of {ours:g} bytes, the profile of {theirs:g}, which are taken")
+        return found
 
     @property
     def expert_bytes(self) -> float | None:
