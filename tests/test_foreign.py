@@ -146,7 +146,9 @@ def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
         Profile(expert_bytes=4)
     with pytest.raises(InputError, match=r"Profile\.latency_us: got 4; .* it belongs into devices\.samples$"):
         Profile(latency_us=4)
-    with pytest.raises(InputError, match=r"Profile\.colour: got red; no such key$"):
+    with pytest.raises(
+        InputError, match=r"Profile\.colour: got red; no such key; known here: schema_version, devices,"
+    ):
         Profile(devices=profile().devices, colour="red")
 
 

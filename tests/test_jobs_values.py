@@ -11,6 +11,7 @@ from cli_inputs import write_inputs
 from gemopt.exceptions import InputError
 from gemopt.jobs import read_job, run_job
 from gemopt.result import Result
+from gemopt.topology import load
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,15 @@ from gemopt.result import Result
         ("steps: {task: on}", "steps.task: true; a number or a text, no yes or no; quote a text"),
         ("constraints: {exclude_ranks: [yes], current: contiguous}", "constraints.exclude_ranks: true"),
         ("exchange: {dispatch_bytes: yes}", "exchange.dispatch_bytes: true"),
+        ("kubernetes: no", "kubernetes: false; keys and values, no yes or no; null for none"),
+        ("report: no", "report: false; keys and values, no yes or no; report: {page: false}"),
+        ("constraints: {memory_budget: 80GB}", "constraints.memory_budget: got 80GB; input should be a valid number"),
+        ("constraints: {expert_bytes: 9.45e1}", "constraints.expert_bytes: got 9.45e1"),
+        (
+            "constraints: {rules: $SOME_DIR/rules.json}",
+            "constraints.rules: got $SOME_DIR/rules.json; a path written out",
+        ),
+        ("topology: ${SOME_DIR}/links.json", "topology: got ${SOME_DIR}/links.json; a path written out"),
     ],
 )
 def test_what_yaml_reads_as_another_value_is_refused(tmp_path: Path, line: str, said: str) -> None:
@@ -48,6 +58,22 @@ def test_what_yaml_reads_as_it_is_written_is_taken(tmp_path: Path, line: str, in
     path = tmp_path / "job.yaml"
     path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\n{line}\n")
     assert getattr(read_job(path).solver, inside) == value
+
+
+def test_numbers_and_files_as_the_command_line_takes_them(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    (tmp_path / "alltoall.txt").write_text("")
+    (tmp_path / "a$b").write_text("")
+    given = "constraints: {expert_bytes: 9.4e6, memory_budget: '80e9,40e9', rules: a$b}\ntopology: alltoall.txt"
+    path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\n{given}\n")
+    job = read_job(path)
+    asked = job.constraints
+    assert (asked.expert_bytes, asked.memory_budget, asked.rules) == (9_400_000, [8e10, 4e10], tmp_path / "a$b")
+    assert job.topology == str(tmp_path / "alltoall.txt")
+    with pytest.raises(InputError, match="no such file"):
+        load(read_job(path, ["topology=other.txt"]).topology or "")
+    with pytest.raises(InputError, match=r"gemopt topology .*alltoall\.txt -o topology\.json reads what was measured"):
+        load(job.topology or "")
 
 
 def test_no_file_of_a_job_is_written_over(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from gemopt.exceptions import InputError
 
 HEAD_BYTES = 1 << 20
+MOST_KNOWN = 16  # keys that fit into a line
 SWAPPED = "were arguments swapped?"
 IMPORT_TRACES = "gemopt trace import reads what engines record (--from array for plain arrays)"
 IMPORT_PLACEMENT = "gemopt placement import reads the placements of engines"
@@ -40,6 +42,8 @@ _OBJECTS = (
     ({"load_history"}, "counts in JSON", IMPORT_TRACES),
     ({"counts"}, "counts in JSON", IMPORT_TRACES),
     ({"choices"}, "a response of a serving engine", IMPORT_TRACES),
+    ({"rank_cost_matrix"}, "SGLang's costs between ranks", "gemopt topology FILE --like NAME -o topology.json"),
+    ({"config", "results", "nccl_version"}, "the JSON of nccl-tests", "gemopt topology FILE -o topology.json"),
     ({"server_list", "server_count"}, "a rank table of HCCL", "it tells where ranks are, not how fast they are linked"),
     ({"nvbandwidth"}, "copies between pairs, one at a time", "gemopt profile links measures exchanges"),
     ({"model_type"}, "the config.json of a network", "--model takes its folder"),
@@ -51,6 +55,9 @@ _NEEDED = {
     "model_type": "keys and values are needed", "model_attributes_type": "keys and values are needed",
     "path_type": "a path is needed", "dict_type": "keys and values are needed", "list_type": "a list is needed",
 }  # fmt: skip
+_TAG = re.compile(
+    r"(?:int|float|str|bool)$|(?:list|literal|function-\w+|nullable)\["
+)  # of unions, in pydantic's places
 _UNITS = {"s", "ms", "us", "ns", "gbs", "gbps", "tbs", "mbs", "gb", "mb", "bytes"}
 _OWN = {name for _, name, _ in _OBJECTS if name.endswith(OURS)}
 
@@ -165,7 +172,7 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
         if inner is None or inner is document or not cause.field.startswith(f"{inner.__name__}."):
             return cause
         return cause.about(".".join([document.__name__, *(str(part) for part in first["loc"]), rest]))
-    where = ".".join([document.__name__, *(str(part) for part in first["loc"])])
+    where = ".".join([document.__name__, *(str(part) for part in first["loc"] if not _TAG.match(str(part)))])
     rest = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
     if unknown:
         inner = _document_at(document, first["loc"][:-1])
@@ -176,6 +183,7 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
         hint = f"{'in another unit? ' if apart else ''}did you mean {close[0]}?" if close else ""
         if not close and (home := _home(document, key)):
             hint = f"it belongs into {'.'.join(home)}"
+        hint = hint or (f"known here: {', '.join(known)}" if len(known) <= MOST_KNOWN else "")
         return InputError(where, first["input"], "no such key" + rest, hint)
     found = "nothing" if first["type"] == "missing" else first["input"]
     if isinstance(found, str) and first["type"] in ("int_type", "float_type", "number"):

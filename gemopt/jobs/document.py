@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from gemopt.documents import Document, Part
 from gemopt.exceptions import InputError
@@ -30,7 +31,10 @@ def _placed(value: Any) -> Any:
     if not isinstance(value, (str, Path)):
         return value
     folder = Path.cwd() if isinstance(value, Typed) else FOLDER.get()
-    return Path(os.path.abspath(folder / Path(value).expanduser()))
+    path = Path(os.path.abspath(folder / Path(value).expanduser()))
+    if VARIABLE.search(str(value)) and not path.exists():  # else a folder of that name would be made
+        raise PydanticCustomError("variable", "a path written out: variables of the shell are not looked up in a job")
+    return path
 
 
 def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
@@ -42,6 +46,15 @@ def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _whole(value: Any) -> Any:
+    """`9.4e6`, which YAML reads as a text."""
+    try:
+        number = float(value) if isinstance(value, str) else 0.5
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else value
 
 
 def _listed(value: Any) -> Any:
@@ -56,11 +69,14 @@ def _several(value: Any) -> Any:
 
 def _wired(value: Any) -> Any:
     """A file of a topology; any other text is the name of one."""
-    return str(_placed(value)) if isinstance(value, str) and Path(value).suffix == ".json" else value
+    path = _placed(value)
+    return str(path) if isinstance(value, str) and (path.suffix == ".json" or path.is_file()) else value
 
 
+VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
 PATH, MADE = "path", "made"  # a document that is there, or how to make one
 Placed = Annotated[Path, BeforeValidator(_placed)]
+Bytes = Annotated[int | None, BeforeValidator(_whole)]
 Paths = Annotated[list[Path], Field(min_length=1)]
 FileName = Annotated[
     str, _spelt("exports.file", r"[A-Za-z0-9][-._A-Za-z0-9]*", "a name in the folder: letters, digits, dots, dashes")
@@ -115,7 +131,7 @@ class TableSource(Part):
     seed: int = 0
     device: str | None = None
     model: str | None = None
-    expert_bytes: int | None = Field(default=None, ge=1)
+    expert_bytes: Bytes = Field(default=None, ge=1)
     slower: dict[int, float] = Field(default_factory=dict)
 
 
@@ -155,11 +171,11 @@ class Constraints(Part):
     split: Split | None = None
     senders: Senders | None = None
     full_slots: bool = False
-    memory_budget: float | list[float] | None = None
+    memory_budget: Annotated[float | list[float] | None, BeforeValidator(_listed)] = None
     rules: Placed | None = None
     current: Literal["contiguous"] | Placed | None = None
     move_price: float | None = None
-    expert_bytes: int | None = None
+    expert_bytes: Bytes = None
     bandwidth: float | None = None
     horizon_steps: float | None = None
     max_moves: int | None = None

@@ -45,8 +45,15 @@ def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
         close = get_close_matches(key.rpartition(".")[2], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         raise InputError(str(path), key, "no key of a job", hint)
-    for key, value in _flags(found, Job):
-        raise InputError(str(path), f"{key}: {str(value).lower()}", "a number or a text, no yes or no", "quote a text")
+    for key, value, inner in _flags(found, Job):
+        switch = (
+            next((name for name, field in inner.model_fields.items() if field.annotation is bool), "") if inner else ""
+        )
+        way_out = (
+            f"{key}: {{{switch}: {str(value).lower()}}}" if switch else "null for none" if inner else "quote a text"
+        )
+        limit = f"{'keys and values' if inner else 'a number or a text'}, no yes or no"
+        raise InputError(str(path), f"{key}: {str(value).lower()}", limit, way_out)
     token = FOLDER.set(source.resolve().parent)
     try:
         return Job(**found)
@@ -140,8 +147,11 @@ def _unknown(found: Any, model: type[BaseModel], where: str = "") -> Iterator[tu
                 yield from _unknown(each, inner[0], spot)
 
 
-def _flags(found: Any, model: type[BaseModel], where: str = "") -> Iterator[tuple[str, bool]]:
-    """Keys with a yes or no, also within lists, where the model wants none: it would count as 1 or 0."""
+def _flags(found: Any, model: type[BaseModel], where: str = "") -> Iterator[tuple[str, bool, type[BaseModel] | None]]:
+    """Keys with a yes or no, also within lists, where the model wants none: it would count as 1 or 0.
+
+    With what the model wants there instead, where that has keys.
+    """
     for key, value in found.items():
         annotation = model.model_fields[key].annotation
         inner, wanted = _models(annotation), bool in (annotation, *get_args(annotation))
@@ -150,7 +160,8 @@ def _flags(found: Any, model: type[BaseModel], where: str = "") -> Iterator[tupl
                 yield from _flags(each, inner[0], f"{where}{key}.")
                 continue
             parts = [*each, *each.values()] if isinstance(each, dict) else [each]
-            yield from ((f"{where}{key}", part) for part in parts if isinstance(part, bool) and not wanted)
+            kind = inner[0] if inner else None
+            yield from ((f"{where}{key}", part, kind) for part in parts if isinstance(part, bool) and not wanted)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

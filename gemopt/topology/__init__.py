@@ -311,4 +311,11 @@ def load(topology: Topology | str | os.PathLike[str]) -> Topology:
     text = os.fspath(topology)
     if Path(text).suffix != ".json" and not Path(text).exists():
         return named(text)
-    return Topology.load(text)
+    try:
+        return Topology.load(text)
+    except InputError as error:
+        if error.field != text or Path(text).suffix == ".json" or not Path(text).is_file():
+            raise
+        limit = "a document in .json, or a name such as 2x8-ib400"
+        way_out = f"gemopt topology {text} -o topology.json reads what was measured"
+        raise InputError(text, "no topology.json", limit, way_out) from None
