@@ -72,6 +72,22 @@ def test_pairs_that_were_measured_one_at_a_time(nodes: int, inside: float, acros
     assert doubts(Topology(node_of_rank=node, pair_bandwidth_gbs=matrix, **ports)) == []
 
 
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        (["a", "b", "a", "b"], "ranks 0 and 2 were measured on one host, a, and the topology has them on two nodes"),
+        (["a", "a", "b", "b"], ""),
+        (["a", "a", "a", "a"], ""),  # what would two nodes do?
+        ([None, None, None, None], ""),
+        (["a", None, "b", None], ""),
+        (["a", "b", "c", "d"], ""),  # hosts that NVLink joins
+    ],
+)
+def test_hosts_that_the_nodes_tear_apart(hosts: list[str | None], said: str) -> None:
+    found = doubts(Topology(**TWO), hosts)
+    assert (found == []) if not said else (len(found) == 1 and found[0].startswith(said))
+
+
 def test_levels_that_may_be_swapped() -> None:
     slow, fast = {"bandwidth_gbs": 47.0, "latency_us": 22.0}, {"bandwidth_gbs": 310.0, "latency_us": 8.0}
     ranks = {"node_of_rank": [0, 0, 1, 1]}

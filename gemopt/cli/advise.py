@@ -133,7 +133,7 @@ def _migration(
         return found
     if bandwidth is not None:
         raise InputError("--bandwidth", bandwidth, "the topology says it", "leave one of them out")
-    links.doubt(topology)
+    links.doubt(topology, profile)
     wired = load(topology)
     wired.check_ranks(profile.num_ranks)
     return found.model_copy(update={"bytes_per_s": wired.slowest_gbps(found.expert_bytes) * 1e9})

@@ -105,12 +105,12 @@ def compare_command(
             chosen, found_by = options.load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
                           cost=cost, expert_bytes=size, **asked)  # fmt: skip
-    links.doubt(topology)
     with (
         options.whole_or_nothing(threads),
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
     ):
         measured, loaded = Profile.load(profile), options.load_traces(traces, task, phase)
+        links.doubt(topology, measured)
         slots, split, full = options.heeded(engine, slots, None, loaded, measured, None, solver="auto")
         rows = compare(
             measured,

@@ -15,6 +15,7 @@ from gemopt.words import counted
 
 if TYPE_CHECKING:
     from gemopt.links import Exchange
+    from gemopt.profile import Profile
     from gemopt.topology import Topology
 
 ONCE_PER = ("assignment", "rank", "node")
@@ -80,12 +81,13 @@ def parse_exchange(
     )
 
 
-def doubt(topology: str | None) -> None:
-    """Say on standard error what is hardly right about links that were given."""
+def doubt(topology: str | None, profile: Profile) -> None:
+    """Say on standard error what is hardly right about links that were given for the devices of a profile."""
     from gemopt.topology import load
     from gemopt.topology.doubts import doubts
 
-    for each in [] if topology is None else doubts(load(topology)):
+    hosts = [device.node for device in profile.devices]
+    for each in [] if topology is None else doubts(load(topology), hosts):
         notice(f"note: {each}")
 
 

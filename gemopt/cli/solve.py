@@ -194,7 +194,7 @@ def evaluate_command(
     if rules is None:
         check_kept(loaded)
     wired: dict[str, Any] = {"topology": topology, "exchange": exchange}
-    links.doubt(topology)
+    links.doubt(topology, measured)
     evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, rules=rules, **wired)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -15,10 +15,14 @@ LEAST_GBS, LEAST_INSIDE_GBS = 0.1, 1.0
 SHORT_US, LONG_US = 0.5, 1e3  # latencies of an exchange beyond are hardly in microseconds
 
 
-def doubts(topology: Topology) -> list[str]:
-    """One sentence each on bandwidths that may be Gb/s, TB/s or MB, and latencies that may be milliseconds."""
-    return [found for name in LEVELS if (level := getattr(topology, name)) is not None
-            for found in _of_level(topology, name, level)] + [*_of_pairs(topology), *_swapped(topology)]  # fmt: skip
+def doubts(topology: Topology, hosts: Sequence[str | None] = ()) -> list[str]:
+    """One sentence each on bandwidths that may be Gb/s, TB/s or MB, and latencies that may be milliseconds.
+
+    hosts: [G] of ranks as they were measured; where they are several, on ranks of one that are on two nodes here.
+    """
+    levels = [(name, level) for name in LEVELS if (level := getattr(topology, name)) is not None]
+    found = [each for name, level in levels for each in _of_level(topology, name, level)]
+    return [*found, *_of_pairs(topology), *_swapped(topology), *_torn(topology, hosts)]
 
 
 def _of_level(topology: Topology, name: str, level: Level) -> Iterator[str]:
@@ -66,6 +70,18 @@ def _of_pairs(topology: Topology) -> Iterator[str]:
         times = np.zeros(1) if latencies is None else latencies[chosen]
         odd = times[(times > 0) & ((times < SHORT_US) | (times > LONG_US))]
         yield from _slow("pairs", float(matrix[chosen].min()), float([*odd, 0.0][0]), inside=within)
+
+
+def _torn(topology: Topology, hosts: Sequence[str | None]) -> Iterator[str]:
+    first: dict[str, int] = {}
+    if len({*hosts} - {None}) < 2 or len(hosts) != topology.num_ranks:
+        return
+    for rank, host in enumerate(hosts):
+        other = rank if host is None else first.setdefault(host, rank)
+        if topology.node_of_rank[rank] != topology.node_of_rank[other]:
+            said = f"ranks {other} and {rank} were measured on one host, {host}, and the topology has them on two nodes"
+            yield f"{said}: are the ranks of one of them in another order?"
+            return
 
 
 def _swapped(topology: Topology) -> list[str]:

@@ -124,9 +124,8 @@ def written(content: Mapping[str, Any], source: str) -> Run:
         rows = [_row(each) for each in content["results"]]
         per_process = int(config["nthreads"]) * int(config["ngpus"])
         test = Path(str(content["args"][0])).name.removesuffix("_perf") if content.get("args") else ""
-        speeds = [
-            tuple(float(each["out_of_place"][key]) for key in ("alg_bw", "bus_bw")) for each in content["results"]
-        ]
+        timed = [each["out_of_place"] for each in content["results"]]
+        speeds = [(float(each["alg_bw"]), float(each["bus_bw"])) for each in timed]
         failed = int(content.get("out_of_bounds", {}).get("count", 0))
         run = Run({test} - {""}, devices, rows, per_process, int(config["aggregated_iterations"]), speeds)
     except (KeyError, TypeError, ValueError, AttributeError):
