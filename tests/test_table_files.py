@@ -63,7 +63,7 @@ def test_what_is_no_text_is_told(tmp_path: Path, data: bytes, said: str) -> None
             "assignments,latency_us\n(rows),(us)\n1,5\n",
             "got (rows); a number from 0 to 2147483647; a failed run, or a row",
         ),
-        ("assignments,us\n1,33.3 \u00b1 0.2\n", "the number alone, without its unit or a note"),
+        ("assignments,us\n1,33.3 (+2 %)\n", "the number alone, without its unit or a note"),
         ("assignments,us\n1,33.3 (xbf16 16x128)\n", "the number alone, without its unit or a note"),
         ("rank,assignments,us\nrank0,1,5\n", "rank: got rank0; a number from 0 to 2147483647; the number alone"),
         ("assignments,us\n1k,33.3\n", "the number alone, without its unit or a note"),

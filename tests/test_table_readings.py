@@ -50,3 +50,28 @@ def test_devices_may_have_memories_of_their_own(tmp_path: Path) -> None:
     rows = "".join(f"{rank},{n},{50 + n},{gb}\n" for rank, gb in enumerate((80, 192)) for n in (1, 2, 4, 8))
     path = written(tmp_path, f"rank,assignments,time_us,gpu_memory_gb\n{rows}")
     assert loads(read_table(path)) == [(n, None, 50.0 + n) for n in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ("20.5 ± 0.3", "1024.5 ± 11"),
+        ("20.5 +/- 0.3 us", "1024.5 +/- 11 us"),
+        ("20.5 µs ± 300 ns per loop (mean ± std. dev. of 7 runs; 100 loops each)", "1.0245 ms ± 2 µs per loop"),
+    ],
+)
+def test_a_spread_behind_each_time_is_left_out(tmp_path: Path, cells: tuple[str, str]) -> None:
+    name = "latency" if "s" in cells[0] else "latency_us"
+    rows = "".join(f"{n},{cell}\n" for n, cell in zip((8, 16), cells, strict=True))
+    assert loads(read_table(written(tmp_path, f"assignments,{name}\n{rows}"))) == [(8, None, 20.5), (16, None, 1024.5)]
+
+
+def test_a_spread_behind_some_times_or_of_loads_is_no_number(tmp_path: Path) -> None:
+    for rows in ("8,20.5 ± 0.3\n16,24.5\n", "8 ± 3,20.5\n16 ± 4,24.5\n"):
+        with pytest.raises(InputError, match="a number from 0 to"):
+            read_table(written(tmp_path, f"assignments,latency_us\n{rows}"))
+
+
+def test_titles_above_a_table_as_spreadsheets_save_it(tmp_path: Path) -> None:
+    text = "H200 sweep,,\n,,\nJanuary,,\nassignments,latency_us,power_w\n8,20.5,650\n16,24.5,655\n"
+    assert loads(read_table(written(tmp_path, text))) == [(8, None, 20.5), (16, None, 24.5)]

@@ -249,8 +249,10 @@ def _csv(path: str, text: str) -> Table:
 
 
 def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
-    lines = _filled([(line, cells) for line, cells in lines if any(cells)])
-    if len(lines) < 2:
+    lines = [(line, cells) for line, cells in lines if any(cells)]
+    while len(lines) > 2 and len(lines[0][1]) > 2 and not any(lines[0][1][1:]):
+        del lines[0]  # a title above the header, as spreadsheets save it
+    if len(lines := _filled(lines)) < 2:
         raise InputError(path, "no rows", "a header line and at least one row are needed")
     header = [name or (UNNAMED if not i else name) for i, name in enumerate(_numbered(lines[0][1]))]
     twice = sorted({name for name in header if header.count(name) > 1})

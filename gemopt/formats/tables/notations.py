@@ -20,6 +20,10 @@ NOTATIONS = {  # by the sign before decimals
     for point, group in ((".", ","), (",", "."))
 }
 WITH_UNIT = re.compile(r"(.*\d) ?([a-zA-Z\u00b5\u03bc][a-zA-Z\u00b5\u03bc/ ]*)")
+SPREAD = re.compile(  # 20.5 ± 0.3 us; 20.5 us ± 300 ns per loop (mean ± std. dev. of 7 runs, 100 loops each)
+    r"([^\u00b1]*?\d)( ?[a-z\u00b5\u03bc]+)? ?(?:\u00b1|\+/-) ?[\d.,]+( ?[a-z\u00b5\u03bc]+)?(?: per loop\b.*)?",
+    re.IGNORECASE,
+)
 LIST = re.compile(r"\[[^\[\],]+(?:,[^\[\],]+)*\]")
 SEVERAL = {"times", "latencies", "durations", "timings", "samples", "measurements", "repeats", "runs"}
 REPEATED = SEVERAL | {*TIME_UNITS} | {"all", "raw", "latency", "time", "moe", "fused", "forward", "fwd"}
@@ -37,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> Table:
     InputError
         Naming the file and the line that is wrong, as one whose cell names another unit than its column.
     """
-    table = _repeated(files.read(path))
+    table = _central(_repeated(files.read(path)))
     found = {name: each for name in table.header if len(each := values(table.rows, name)) > 1}
     units = {name: told for name, each in found.items() if (told := _units(each))}
     cells = found | {name: [WITH_UNIT.sub(r"\1", cell) for cell in found[name]] for name in units}
@@ -88,6 +92,19 @@ def _repeated(table: Table) -> Table:
         for time in row.cells[listed[0]].strip("[]").split(",")
     ]
     return Table(table.path, table.header, rows)
+
+
+def _central(table: Table) -> Table:
+    """The table without the spread behind each number, where all cells of a column have one: `20.5 ± 0.3 us`."""
+    names = [name for name in table.header if plain(name) not in LOAD_COLUMNS]
+    spread = [name for name in names if all(SPREAD.fullmatch(row.cells[name]) for row in table.rows)]
+    rows = [Row(row.where, row.cells | {n: _middle(row.cells[n]) for n in spread}) for row in table.rows]
+    return Table(table.path, table.header, rows) if spread else table
+
+
+def _middle(cell: str) -> str:
+    found = SPREAD.fullmatch(cell)
+    return f"{found[1]}{found[2] or found[3] or ''}" if found else cell
 
 
 def _fitting(name: str, cells: list[str]) -> list[str]:
