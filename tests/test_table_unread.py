@@ -124,3 +124,52 @@ def test_ranks_by_two_numbers_are_refused_where_these_differ(tmp_path: Path) -> 
         read_table(path("10"))
     assert loads(read_table(path("10"), device=["ep_rank"]))[0] == (1, None, 60.0)
     assert loads(read_table(path("01")))[0] == (1, None, 51.0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "num_expert_parallel_workers=4",
+        "ep_group_size=8",
+        "gpu_count=8",
+        "num_device=2",
+        "parallel_config=TP1-EP8",
+        "gpu=8xH100",
+        "device=H20x16",
+        "num_data_parallel_workers=2",
+    ],
+)
+def test_what_says_that_loads_may_be_those_of_several_devices_is_named(tmp_path: Path, more: str) -> None:
+    said = f"{more.replace('=', ' is ')}: are loads those of one device? of all: --unit group-tokens"
+    notes = tokens_of(tmp_path, more)
+    assert notes == [said]
+    assert tokens_of(tmp_path, "model=deepseek-v3-0324,config=step8") == []
+
+
+@pytest.mark.parametrize("name", ["num_tensor_parallel_workers", "tensor_model_parallel_size", "etp_size", "tp_degree"])
+def test_what_says_that_experts_were_parted_is_named(tmp_path: Path, name: str) -> None:
+    assert tokens_of(tmp_path, f"{name}=8") == [
+        f"{name} is 8: times are those of a part of each expert, right where it is served so"
+    ]
+
+
+def tokens_of(folder: Path, more: str) -> list[str]:
+    header, cells = (more.replace("=", ",").split(",")[i::2] for i in (0, 1))
+    rows = "".join(",".join([str(n), str(50 + n), *cells]) + "\n" for n in NS)
+    notes: list[str] = []
+    path = written(folder, ",".join(["num_tokens", "time_us", *header]) + f"\n{rows}")
+    read_table(path, unit=Unit.TOKENS, top_k=8, notes=notes)
+    return notes
+
+
+@pytest.mark.parametrize("more", ["expert_imbalance=2.0", "max_min_ratio=3.0", "is_outlier=True", "topk_override=1"])
+def test_usual_words_do_not_hide_what_a_column_says(tmp_path: Path, more: str) -> None:
+    assert notes_of(tmp_path, more) == [
+        f"columns that say the same in all rows are left unread: {more.replace('=', ' ')}"
+    ]
+
+
+@pytest.mark.parametrize("name", ["latency_units", "unit_of_time", "timing_unit_of_latency"])
+def test_units_of_times_are_heeded_however_they_are_called(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: got ms; the unit that time_us is read in"):
+        notes_of(tmp_path, f"{name}=ms")

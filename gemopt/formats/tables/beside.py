@@ -34,7 +34,7 @@ from gemopt.formats.tables.columns import (
 from gemopt.formats.tables.files import Table
 from gemopt.formats.tables.kinds import as_if_balanced
 
-UNITS = {"unit", "units", "time_unit", "time_units", "latency_unit", "metric_unit", "metric_units"}
+UNITS = {"unit", "units", "metric_unit", "metric_units"}
 METRICS = {"metric", "metric_name", "measure", "measurement", "quantity", "counter"}
 OTHER_METRICS = {
     "tflops", "gflops", "flops", "bandwidth", "bw", "gbps", "tbps", "throughput", "tps", "speedup", "efficiency",
@@ -74,14 +74,20 @@ SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", 
 UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "law": 0.0, "gini": 0.0}  # power_law_alpha
 """Words of columns that tell by a number how unevenly, and that of even loads."""
 ROUTINGS = {"distribution", "routing", "balance", "workload"}
-SHARDED = ("tp", "tp_size", "moe_tp", "moe_tp_size", "tensor_parallel_size", "moe_tensor_parallel_size")
+WAYS = r"(?:_(?:size|degree|num|dim|world|(?:world|group)_size|ranks|workers|gpus|devices))?"
+"""Ends of names that say over how many devices something is spread."""
+SHARDED = re.compile(
+    rf"(?:moe_|num_|n_)?(?:e?tp|mp|(?:expert_)?tensor_(?:model_)?parallel(?:ism)?|model_parallel(?:ism)?){WAYS}"
+)
 WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
 LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
-GROUPS = (
-    "num_gpus", "n_gpus", "ngpus", "gpus", "num_devices", "n_devices", "num_npus", "num_cards", "world_size",
-    "num_ranks", "n_ranks", "nranks", "dp", "dp_size", "data_parallel_size", "nodes", "num_nodes", "nnodes", "node_num",
-    "gpus_per_node",
-)  # fmt: skip
+GROUPS = re.compile(
+    r"(?:num_?|n_?)(?:gpu|device|npu|xpu|card|rank|node|proc|processe)s?|(?:gpu|device|npu|xpu|card|rank|node)s?_(?:count|num)"
+    rf"|(?:gpu|device|npu|card|node)s|gpus_per_node|world(?:_size)?|(?:num_|n_)?(?:dp|data_parallel(?:ism)?){WAYS}"
+)
+SPREAD = re.compile(r"(?:^|[^a-z])(?:ep|dp)[ =:_-]?(?:[2-9]|[1-9]\d)", re.IGNORECASE)  # TP1-EP8
+SEVERAL = re.compile(r"^(?:[2-9]|\d\d) ?[x\u00d7] ?[a-z]|[a-z]\d+ ?[x\u00d7] ?(?:[2-9]|\d\d)$", re.IGNORECASE)  # 8xH100
+"""Cells that name several ranks, and several devices."""
 EXCHANGED = {
     *("comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"),
     *("allreduce", "allgather", "reducescatter", "reduce"),
@@ -98,6 +104,15 @@ SETTINGS = SHAPES | OF_A_DEVICE | STATISTICS | RESULTS | MOMENTS | {
 """Words of columns that may say anything of all rows: what was measured on, with, and how often."""
 
 
+UNUSUAL = {"per", "ratio", "imbalance", "unit", "units", "fraction", "share", "outlier", "override"}
+"""Words that say more than these."""
+
+
+def is_unit(name: str) -> bool:
+    """Whether a column says the unit of the times: `unit`, `latency_units`, `unit_of_time`."""
+    return plain(name) in UNITS or bool(words(name) & {"unit", "units"} and words(name) & TIMES)
+
+
 def refuse_other_units(table: Table, time: str, scale: float) -> None:
     """Raise where a column names the unit, or what was measured, and the times are read as another.
 
@@ -105,7 +120,7 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
     """
     for name in table.header:
         metric = plain(name) in METRICS
-        if name == time or not (metric or plain(name) in UNITS):
+        if name == time or not (metric or is_unit(name)):
             continue
         for row in table.rows:
             told = row.cells[name]
@@ -215,14 +230,18 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
     """
     notes = []
     whole = any(values(table.rows, name)[0].lower() in ("true", "1") for name in named(table, WHOLE_EXPERTS))
-    for names, what in (
-        (() if whole else SHARDED, "times are those of a part of each expert, right where it is served so"),
-        (() if of_group else (*GROUPS, *ranks), "are loads those of one device? of all: --unit group-tokens"),
-    ):
-        for name in named(table, names):
-            found = values(table.rows, name)[0]
-            if name not in read_over and found.isdigit() and int(found) > 1:
-                notes.append(f"{name} is {found}: {what}")
+    sharded = "times are those of a part of each expert, right where it is served so"
+    grouped = "are loads those of one device? of all: --unit group-tokens"
+    for name in (each for each in table.header if each not in read_over):
+        found, several = values(table.rows, name), plain(name) in DEVICES or words(name) & OF_A_DEVICE
+        many = found[0].isdigit() and int(found[0]) > 1
+        if many and not whole and SHARDED.fullmatch(plain(name)):
+            notes.append(f"{name} is {found[0]}: {sharded}")
+        if not of_group and (
+            (many and (GROUPS.fullmatch(plain(name)) or plain(name) in ranks))
+            or (len(found) == 1 and (SEVERAL if several else SPREAD).search(found[0]))
+        ):
+            notes.append(f"{name} is {found[0]}: {grouped}")
     notes += _exchanged(table, read_over)
     shared = [each for each in table.header if "shared" in words(each) and words(each) & {"expert", "experts"}]
     for name in (each for each in shared if each not in read_over):
@@ -247,7 +266,9 @@ def unread(table: Table, used: Collection[str], said: Sequence[str]) -> list[str
     apart = {*used, *DEVICES, *REPEATS, *INDEX, *(word.strip(",:") for sentence in said for word in sentence.split())}
     for name in (each for each in table.header if not {each, plain(each)} & apart):
         told = values(table.rows, name)
-        usual = (words(name) & SETTINGS and "per" not in words(name)) or (told[0] == "1" and words(name) & {"num", "n"})
+        usual = (words(name) & SETTINGS and not words(name) & UNUSUAL) or (
+            told[0] == "1" and words(name) & {"num", "n"}
+        )
         usual = usual or (words(name) & STATES and is_numeric(table.rows, name)) or _heeded(plain(name), told[0])
         if len(told) == 1 and told[0].lower() not in NO and not usual and unit_of(name) is None:
             found.append(f"{name} {told[0]}")

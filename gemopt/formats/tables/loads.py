@@ -6,7 +6,7 @@ import re
 from statistics import median
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.beside import NO
+from gemopt.formats.tables.beside import NO, WAYS
 from gemopt.formats.tables.columns import known, listed, named, plain, values, words
 from gemopt.formats.tables.files import NO_LOADS, Table, whole
 from gemopt.formats.tables.kinds import Layout, Unit
@@ -22,7 +22,7 @@ TOP_K = re.compile(
 ACTIVE = re.compile(
     r"(?:(?:num|n)_)?(?:(?:active|activated|unique|distinct|hit|used|touched)_experts|experts_(?:active|activated|hit|used))"
 )
-EP = re.compile(r"(?:moe_|num_|n_)?(?:ep|expert_(?:model_)?parallel(?:ism)?)(?:_(?:size|degree|world_size|ranks))?")
+EP = re.compile(rf"(?:moe_|num_|n_)?(?:ep|expert_(?:model_)?parallel(?:ism)?){WAYS}")
 UNEVEN = 0.1  # how far tokens of a rank may be from an even share
 LARGEST_LOAD = 2.0**31 - 1  # as in a profile
 BATCHES = {"batch", "bs", "seqs", "sequences", "requests", "concurrency", "users"}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from statistics import median
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.beside import EXCHANGED, MIDDLE, UNITS
+from gemopt.formats.tables.beside import EXCHANGED, MIDDLE, is_unit
 from gemopt.formats.tables.columns import (
     LOADS,
     MOMENTS,
@@ -18,7 +18,6 @@ from gemopt.formats.tables.columns import (
     is_numeric,
     known,
     listed,
-    named,
     plain,
     unit_of,
     values,
@@ -65,8 +64,8 @@ RUNS = {
 """Words of how many runs a total is of, where all rows have one number above 1; it counts the repeats elsewhere."""
 PARTS = {
     "kernel", "kernel_name", "component", "stage", "part", "module", "section", "layer", "layer_type", "block",
-    "function", "func", "phase", "pass", "direction", "test", "test_name", "benchmark", "name", "case", "op", "gemm",
-    "problem", "mode", "operation_mode", "kernel_operation_mode",
+    "block_type", "function", "func", "phase", "pass", "direction", "test", "test_name", "benchmark", "name", "case",
+    "op", "gemm", "problem", "mode", "operation_mode", "kernel_operation_mode",
 }  # fmt: skip
 """Columns that name what was timed, though all rows alike."""
 ELSEWHERE = {
@@ -180,7 +179,7 @@ def fits(table: Table, time: str, statistic: str) -> bool:
 
 def _unit_beside(table: Table) -> str | None:
     """The unit of time that a column says of all rows alike."""
-    told = [plain(each) for name in named(table, UNITS) for each in values(table.rows, name)]
+    told = [plain(each) for name in filter(is_unit, table.header) for each in values(table.rows, name)]
     return told[0] if len(told) == 1 and told[0] in TIME_UNITS else None
 
 
