@@ -59,10 +59,11 @@ TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_./\[ -]*)(\d{1,9})([\]A-Za-z_./ ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 _LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
-TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
+TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds", "runtime", "duration"}
 SIZES = {  # of a step, which change nothing where steps are numbered
     *("batch_size", "batchsize", "num_seqs", "num_sequences", "num_reqs", "num_requests", "running_requests"),
-    *("total_tokens", "tokens_in_step", "seq_len", "max_seq_len", "context_len", "kv_len"),
+    *("total_tokens", "tokens_in_step", "seq_len", "max_seq_len", "context_len", "kv_len", "epoch", "train_epoch"),
+    *("train_global_step", "trainer_global_step", "consumed_samples", "consumed_tokens", "num_input_tokens_seen"),
 }
 WEIGHTS = {"weight", "weights"}  # of steps: they change what the counts mean
 SCORES = {"logits", "probs", "weights", "scores"}
@@ -82,7 +83,7 @@ NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
 DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
 _FIRST = re.compile(r"top_?\d+", re.IGNORECASE)
 _SEVERAL = re.compile(r"top_?(?:[2-9]|\d\d+)", re.IGNORECASE)
-_FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
+_FRACTION = re.compile(r"-?(?:\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?|\d+[eE]-\d+)", re.ASCII)
 _SHARE = re.compile(r"\d*\.\d+(?:[eE][+-]?\d+)?|\d+(?:\.\d+)? ?%", re.ASCII)
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 

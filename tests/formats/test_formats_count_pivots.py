@@ -118,3 +118,60 @@ def test_tables_of_markdown(load, tmp_path):
     (tmp_path / "a.csv").write_text("\n".join([*long[:5], "| 0 | 1 |"]))
     with pytest.raises(InputError, match="line 6: got 0,1; 4 values"):
         load(tmp_path / "a.csv", "csv")
+
+
+def exported(tmp_path, rows):
+    """A table with the columns that the first of these rows has."""
+    text = [",".join(map(str, row.values())) for row in rows]
+    (tmp_path / "t.csv").write_text("\n".join([",".join(rows[0]), *text, ""]))
+    return tmp_path / "t.csv"
+
+
+def test_what_training_logged_beside_the_counts_of_each_step(load, tmp_path):
+    """As the history of a run of Weights & Biases, which has lines between that hold no counts."""
+    counts = routed(np.random.default_rng(8), steps=4)
+    rows = []
+    for t in range(8):
+        named = {f"moe/layer_{i}/expert_{e}": n if t % 2 else "" for (i, e), n in np.ndenumerate(counts[t // 2])}
+        times = {"_runtime": 2 * t, "_timestamp": 1_700_000_000 + 3 * t, "train/global_step": 10 * t, "epoch": t // 3}
+        rows.append({"_step": t, **times, "train/loss": t / 4, "train/learning_rate": f"{t + 1}e-05", **named})
+    traces, notes = load(exported(tmp_path, rows), "csv")
+    assert (traces.counts == counts).all()
+    assert "left unread: _runtime, _timestamp, epoch, train_global_step" in notes
+    rows[1].popitem()
+    rows[1]["lacking"] = ""
+    with pytest.raises(InputError, match=r"count: got nothing; a whole number"):
+        load(exported(tmp_path, rows), "csv")
+
+
+@pytest.mark.parametrize("tag", ["moe/layer_{}/expert_{}", "expert_load.l{}.e{}"])
+def test_a_line_for_each_step_and_tag(load, tmp_path, tag):
+    """As TensorBoard and MLflow export what they plot."""
+    counts = routed(np.random.default_rng(8), steps=3)
+    long = [
+        {"wall_time": 1.7e9 + t, "step": t, "tag": tag.format(i, e), "value": float(n)}
+        for (t, i, e), n in np.ndenumerate(counts)
+    ]
+    traces, _ = load(exported(tmp_path, long), "csv")
+    assert (traces.counts == counts).all()
+    loss = {"wall_time": 1.7e9, "step": 0, "tag": "train/loss", "value": 2.5}
+    traces, notes = load(exported(tmp_path, [loss, *long]), "csv")
+    assert (traces.counts == counts).all()
+    assert "left unread: tag, wall_time" in notes
+
+
+@pytest.mark.parametrize(
+    ("tag", "said"),
+    [
+        ("moe/layer_{}/expert_{}_frac", "is frac no word for it"),
+        ("rank0/layer_{}/expert_{}", "of one rank"),
+        ("layer_{}/physical_expert_{}", "counts of logical experts"),
+    ],
+)
+def test_tags_of_something_else_than_counts_are_refused(load, tmp_path, tag, said):
+    rows = [{"step": 0, "tag": tag.format(i, e), "value": 5} for i in range(2) for e in range(4)]
+    with pytest.raises(InputError, match=said):
+        load(exported(tmp_path, rows), "csv")
+    both = [{**row, "tag": row["tag"].replace("_frac", "") + more} for row in rows for more in ("", "_dropped")]
+    with pytest.raises(InputError):
+        load(exported(tmp_path, both), "csv")

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.counts import json_files
-from gemopt.formats.counts.lines import INDEX, by_expert, lines_of, meanings, without_ranges
+from gemopt.formats.counts.lines import INDEX, by_expert, by_tag, lines_of, meanings, without_ranges
 from gemopt.formats.counts.told import numbers, refuse_own_layers
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
@@ -234,6 +234,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header = [INDEX if _SAVED_INDEX.fullmatch(name) else name for name in header]
     header, lines = without_ranges(path, header, lines)
     given = header
+    header, lines = by_tag(path, header, lines, table.results)
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.unnamed = not json_files.read(path).named if json_files.is_json(path) else header is not given
     columns = meanings(path, header)
@@ -272,7 +273,8 @@ def _add(
             table.index[i] = 0, COUNT_LIMIT
         if i not in used and (first := others.setdefault(header[i], text)) != text:
             own = (row[columns[meaning]] for meaning in ("layer", "expert") if meaning in columns)
-            if is_result(header[i], first, text, table.has_steps) or _names(first, text, own):
+            result = header[i] in table.results and bool(re.fullmatch(r"-?[\d.]+", text))  # 1.0 among fractions
+            if result or is_result(header[i], first, text, table.has_steps) or _names(first, text, own):
                 table.results.add(header[i])
                 continue
             raise InputError(

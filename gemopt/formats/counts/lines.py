@@ -46,6 +46,7 @@ _PIVOT = {  # of tables that pandas pivots: what the columns count, beside colum
     "step": re.compile(r"(?:steps?|iter|iteration)(?:_id)?_?(\d{1,9})", re.ASCII),
     "rank": re.compile(r"(?:[edt]p_)?rank(?:_id)?_?(\d{1,9})", re.ASCII),
 }
+TAGS, VALUES = ("tag", "key", "metric", "metric_name", "name"), ("value", "metric_value", "scalar_value")
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
 IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
 BARE = (
@@ -59,6 +60,37 @@ _RULE = re.compile(r":?-+:?")
 _WHOLE = re.compile(r"\d{1,15}(?:\.0*)?", re.ASCII)
 Rows = list[tuple[int, list[str]]]  # number and cells
 Lines = Iterator[tuple[int, list[str]]]
+
+
+def by_tag(path: Path, header: list[str], lines: Lines, results: set[str]) -> tuple[list[str], Lines]:
+    """The table of a logger, a line for each step and `moe/layer_3/expert_7`, with a column for what these number.
+
+    Lines of other tags are left out, and the column's name is added to `results` where there are some.
+    """
+    tags, values = ([i for i, name in enumerate(header) if name in known] for known in (TAGS, VALUES))
+    if len(tags) != 1 or len(values) != 1 or set(header) & {*COLUMNS["layer"], *COLUMNS["expert"]}:
+        return header, lines
+    rows, at = _whole_rows(path, header, lines), tags[0]
+    cells = {row[at]: re.sub(r"\W+", "_", row[at].strip().casefold()) for _, row in rows}
+    named = {cell: found for cell, tag in cells.items() if (found := _OF_LAYERS.fullmatch(tag))}
+    if len({found.group(1, 3, 5) for found in named.values()}) != 1:
+        return header, iter(rows)
+    _refuse_others(path, next(iter(named.values()))[0])
+    results |= {header[at]} if len(named) < len(cells) else set()
+    kept = [i for i in range(len(header)) if i not in (at, values[0])]
+    told = ((number, row, named[row[at]]) for number, row in rows if row[at] in named)
+    longer = ((number, [*(row[i] for i in kept), found[2], found[4], row[values[0]]]) for number, row, found in told)
+    return [*(header[i] for i in kept), "layer", "expert", "count"], longer
+
+
+def _whole_rows(path: Path, header: list[str], lines: Lines) -> Rows:
+    """All lines but blank ones; `InputError` where one has not as many cells as the header."""
+    rows = [(number, row) for number, row in lines if any(row)]
+    for number, row in rows:
+        if len(row) != len(header):
+            limit = f"{len(header)} values: {','.join(header)[:200]}"
+            raise InputError(f"{path}: line {number}", ",".join(row)[:200], limit)
+    return rows
 
 
 def by_expert(
@@ -96,11 +128,7 @@ def by_expert(
     cells = set(map(tuple, experts.values()))
     if len(experts) < 2 or len(cells) < len(experts) or told & {*lacking}:
         return header, lines
-    rows = [(number, row) for number, row in lines if any(row)]
-    for number, row in rows:
-        if len(row) != len(header):
-            limit = f"{len(header)} values: {','.join(header)[:200]}"
-            raise InputError(f"{path}: line {number}", ",".join(row)[:200], limit)
+    rows = [(number, row) for number, row in _whole_rows(path, header, lines) if any(row[at] for at in experts)]
     kept = _telling(path, header, rows, [[row[at] for at in experts] for _, row in rows], results, experts)
     longer = (
         (number, [*(row[i] for i in kept), *which, row[at]]) for number, row in rows for at, which in experts.items()

@@ -19,6 +19,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     "ids": (
         *("topk_ids", "topk_idx", "topk_indices", "topk_experts", "top_k_ids", "top_k_indices", "top_k_experts"),
         *("selected_experts", "chosen_experts", "routed_experts", "expert_ids", "expert_indices", "experts", "indices"),
+        "rollout_routed_experts",
     ),
     "layer": COLUMNS["layer"],
     "step": COLUMNS["step"],
