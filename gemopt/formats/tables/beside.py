@@ -153,9 +153,11 @@ def _refuse_failed(table: Table, read_over: Collection[str], way_out: str) -> No
     for name in (each for each in table.header if each not in read_over):
         if plain(name) == "pass" and set(filter(str.isdigit, values(table.rows, name))) - {"0", "1"}:
             continue  # passes that are numbered
-        row = next((row for row in table.rows if _failed(plain(name), row.cells[name])), None)
-        if row is not None:
-            well = next((value for value in values(table.rows, name) if not _failed(plain(name), value)), None)
+        found = values(table.rows, name)
+        failed = next((value for value in found if _failed(plain(name), value)), None)
+        if failed is not None:
+            row = next(row for row in table.rows if row.cells[name] == failed)
+            well = next((value for value in found if not _failed(plain(name), value)), None)
             choice = "leave such rows out" if well is None else f"--where '{name}={well}'"
             hint = f"{choice}; if {name} says something else: {way_out.format(name)}"
             raise InputError(f"{table.path} {row.where}, {name}", row.cells[name], "rows of runs that went well", hint)
@@ -245,9 +247,9 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
     notes += _exchanged(table, read_over)
     shared = [each for each in table.header if "shared" in words(each) and words(each) & {"expert", "experts"}]
     for name in (each for each in shared if each not in read_over):
-        found = values(table.rows, name)[0]
-        if found.lower() not in NO and unit_of(name) is None:
-            notes.append(f"{name} is {found}: are times those of routed experts alone? shared ones are in no placement")
+        told = values(table.rows, name)[0]
+        if told.lower() not in NO and unit_of(name) is None:
+            notes.append(f"{name} is {told}: are times those of routed experts alone? shared ones are in no placement")
     columns = {plain(name): name for name in table.header}
     if {"n", "k"} <= columns.keys():
         sizes = " and ".join(f"{columns[name]} {values(table.rows, columns[name])[0]}" for name in ("n", "k"))

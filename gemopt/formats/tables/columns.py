@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from shlex import quote
 
 from gemopt.exceptions import InputError
@@ -72,15 +73,17 @@ LoadOf = Callable[[Row], tuple[float, ...]]
 SHOWN, ENOUGH = 4, 3  # values of a column; loads that a proportional one must go along with
 
 
+@lru_cache(1 << 16)
 def plain(name: str) -> str:
     """`Kernel Time (µs)` as kernel_time_us, `DurationNs` as duration_ns."""
     apart = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", re.sub("[\u00b5\u03bc]", "u", name))
     return re.sub(r"[^a-z0-9]+", "_", apart.lower()).strip("_")
 
 
-def words(name: str) -> set[str]:
+@lru_cache(1 << 16)
+def words(name: str) -> frozenset[str]:
     """Words of a column's name."""
-    return set(plain(name).split("_"))
+    return frozenset(plain(name).split("_"))
 
 
 def at_end(name: str) -> re.Match[str] | None:
@@ -146,10 +149,8 @@ def _refuse_merged(table: Table, column: str) -> None:
 
 
 def _same(cell: str, value: str) -> bool:
-    if cell == value:
-        return True
     try:
-        return float(cell) == float(value)
+        return cell == value or float(cell) == float(value)
     except ValueError:
         return False
 

@@ -53,12 +53,14 @@ def device_columns(table: Table, asked: Sequence[str], others: Sequence[str] = (
 
 def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
     """Rows of each device, in the order of their numbers, else of appearance."""
-    for row in table.rows:
+    told = [values(table.rows, column) for column in columns]
+    doubtful = any(not each or words(each) <= SUMMARIES for found in told for each in found)
+    for row in table.rows if doubtful else ():
         empty = next((name for name in columns if not row.cells[name]), None)
         if empty is not None:
             raise InputError(f"{table.path} {row.where}, {empty}", "", "the device of every row")
         refuse_summaries(table, row, columns)
-    orders = [_order(values(table.rows, column)) for column in columns]
+    orders = list(map(_order, told))
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in table.rows:
         groups[tuple(order[row.cells[name]] for name, order in zip(columns, orders, strict=True))].append(row)

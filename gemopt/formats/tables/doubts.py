@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ def repeats_apart(devices: Sequence[Table], columns: Sequence[str], load_of: Loa
         shared = sorted(set.intersection(*(set(each) for each in times.values())))
         if not 1 < len(times) <= len(shared) or len(shared) < ENOUGH:
             continue
-        median = {one: np.array([np.median(times[one][at]) for at in shared]) for one in times}
+        median = {one: np.array([statistics.median(times[one][at]) for at in shared]) for one in times}
         fast, slow = (pick(median, key=lambda one: float(np.median(median[one]))) for pick in (min, max))
         ratio = median[slow] / np.maximum(median[fast], 1e-300)
         if ratio.min() > STEADY:
