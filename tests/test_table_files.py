@@ -204,3 +204,14 @@ def test_rows_whose_settings_are_objects_of_their_own(tmp_path: Path) -> None:
     ]
     path = written(tmp_path, "\n".join(map(json.dumps, rows)), "a.jsonl")
     assert loads(read_table(path, unit="tokens")) == [(8, None, 51.0), (64, None, 58.0)]
+
+
+def test_objects_within_objects_of_rows(tmp_path: Path) -> None:
+    rows = [
+        {"params": {"shape": {"assignments": n}}, "stats": {"gpu": {"time": {"median_us": 50 + n, "p99_us": 90}}}}
+        for n in (8, 16)
+    ]
+    assert loads(read_table(written(tmp_path, json.dumps(rows)))) == [(8, None, 58), (16, None, 66)]
+    kernels = [{"assignments": 8, "metrics": {"kernels": [{"us": 3}], "latency_us": 58}}]
+    with pytest.raises(InputError, match=r"JSON with metrics.kernels in it"):
+        read_table(written(tmp_path, json.dumps(kernels)))

@@ -151,14 +151,21 @@ def unnested(found: Any) -> Any:
         return found
     rows = []
     for row in found:
-        cells: list[tuple[str, Any]] = []
-        for key, each in row.items():
-            named = words_of(key) <= SETTINGS
-            cells += [(k if named else f"{key}.{k}", v) for k, v in each.items()] if is_flat(each) else [(key, each)]
+        cells = _cells(row)
         if len(dict(cells)) < len(cells):
             return found
         rows.append({name: str(v) if isinstance(v, list) and _is_plain(v) else v for name, v in cells})
     return rows
+
+
+def _cells(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The values of an object and of those in it, however deep, but for objects within those by number."""
+    cells: list[tuple[str, Any]] = []
+    for key, each in row.items():
+        inner = _cells(each) if is_flat(each) or (isinstance(each, dict) and not _all_numbers(each)) else []
+        named = words_of(key) <= SETTINGS
+        cells += [(name if named else f"{key}.{name}", value) for name, value in inner] or [(key, each)]
+    return cells
 
 
 def inside(value: dict[str, Any]) -> Any:
