@@ -173,3 +173,7 @@ def test_usual_words_do_not_hide_what_a_column_says(tmp_path: Path, more: str) -
 def test_units_of_times_are_heeded_however_they_are_called(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"{name}: got ms; the unit that time_us is read in"):
         notes_of(tmp_path, f"{name}=ms")
+
+
+def test_a_unit_that_times_are_read_in_goes_without_saying(tmp_path: Path) -> None:
+    assert notes_of(tmp_path, "unit=us,latency_units=usec") == []

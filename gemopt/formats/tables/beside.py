@@ -279,6 +279,8 @@ def unread(table: Table, used: Collection[str], said: Sequence[str]) -> list[str
 
 def _heeded(column: str, cell: str) -> bool:
     """Whether a column would have been refused, did it not say that all is well, or medians were taken."""
+    if is_unit(column):
+        return plain(cell) in TIME_UNITS
     if column in SUMMARIES:
         return cell in MIDDLES or bool(words(cell) & MIDDLE)
     return column.removeprefix("is_") in FLAGS or column in FAULTS or bool(column in VERDICTS and words(cell) & DONE)
