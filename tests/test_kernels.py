@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "gemopt"
 
 
+@cache
+def statements(path: Path) -> list[ast.stmt]:
+    """Those of a module."""
+    return ast.parse(path.read_text()).body
+
+
+@cache
 def kernels() -> dict[str, list[tuple[Path, ast.FunctionDef, bool]]]:
     """By name: file, function, and whether it is put into its callers."""
     found: dict[str, list[tuple[Path, ast.FunctionDef, bool]]] = {}
     for path in ROOT.rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in statements(path):
             if isinstance(node, ast.FunctionDef):
                 said = [ast.unparse(each) for each in node.decorator_list]
                 if any(each.startswith("njit") for each in said):
@@ -32,13 +40,14 @@ def assigned(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def of_slices(function: ast.FunctionDef) -> list[str]:
-    """Assignments of what may be an array to a slice."""
+    """Assignments of what may be an array to a slice, and of several values at once to a row."""
     scalars = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.Call)
     found = []
     for node in ast.walk(function):
         for target, value in assigned(node) if isinstance(node, ast.Assign) else []:
             sliced = isinstance(target, ast.Subscript) and any(isinstance(n, ast.Slice) for n in ast.walk(target.slice))
-            if sliced and not isinstance(value, scalars) and ast.unparse(value) != "np.inf":
+            row = isinstance(target, ast.Subscript) and isinstance(value, ast.Tuple)
+            if row or (sliced and not isinstance(value, scalars) and ast.unparse(value) != "np.inf"):
                 found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
 
@@ -54,11 +63,10 @@ def computed(value: ast.expr) -> bool:
     return whole(value) or (isinstance(value, ast.BinOp) and computed(value.left) and computed(value.right))
 
 
+@cache
 def constants(path: Path) -> set[str]:
     """Names of a module for whole numbers."""
-    sets = [
-        pair for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for pair in assigned(node)
-    ]
+    sets = [pair for node in statements(path) if isinstance(node, ast.Assign) for pair in assigned(node)]
     return {target.id for target, value in sets if isinstance(target, ast.Name) and computed(value)}
 
 
@@ -83,6 +91,16 @@ def test_arrays_are_put_into_arrays() -> None:
     every = [each for same in kernels().values() for each in same]
     assert len(every) > 100
     assert [f"{path}:{line}" for path, node, _ in every for line in of_slices(node)] == []
+
+
+def test_kernels_multiply_no_matrices() -> None:
+    """numba would compile calls of a library, which takes longer than a loop."""
+    functions = [
+        (path, node) for same in kernels().values() for path, function, _ in same for node in ast.walk(function)
+    ]
+    products = [(path, node.lineno) for path, node in functions if isinstance(node, ast.BinOp | ast.AugAssign)
+                and isinstance(node.op, ast.MatMult)]  # fmt: skip
+    assert products == []
 
 
 def test_kernels_are_handed_no_literals() -> None:

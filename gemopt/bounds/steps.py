@@ -93,7 +93,7 @@ def raise_bounds(
     ceiling_T: a time in which any rank could hold the whole step. most_TGF: the most that slots allow a rank to hold.
     """
     kinds, steps, size, features = sums_RTIF.shape
-    none_G = np.zeros_like(whole_G)
+    none_G, most_DG = np.zeros_like(whole_G), np.empty((len(normals_DF), most_TGF.shape[1]))
     for t in range(steps):
         if stop[0] != 0:
             return int(t)
@@ -101,10 +101,15 @@ def raise_bounds(
         for r in range(kinds):
             whole = whole_G if r == 0 else none_G
             known = pigeonhole(known, tops_RM[r], spent_R[r], slots_G, whole, sums_IF, sums_RTIF[r, t], low)
-        most_DG = normals_DF @ most_TGF[t].T
-        target_D = normals_DF @ total_F
         for d in range(len(normals_DF)):
-            known = mixed_bound(d, known, most_DG, target_D[d], ceiling_T[t], slope_DGM, shift_DGM, wake_G)
+            target = 0.0
+            for g in range(most_TGF.shape[1]):
+                most_DG[d, g] = 0.0
+            for f in range(features):  # numba takes 1 s to compile a product of matrices
+                target += normals_DF[d, f] * total_F[f]
+                for g in range(most_TGF.shape[1]):
+                    most_DG[d, g] += normals_DF[d, f] * most_TGF[t, g, f]
+            known = mixed_bound(d, known, most_DG, target, ceiling_T[t], slope_DGM, shift_DGM, wake_G)
         for f in range(features):
             known = single_bound(f, known, most_TGF[t], total_F[f], ceiling_T[t], others, low)
         known_T[t] = known

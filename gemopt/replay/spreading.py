@@ -187,7 +187,7 @@ def spread(
         if kind == 2:
             in_G[c] += 1
             out_G[home_E[e]] += 1
-        done[made] = (e, h, c, d, kind)
+        done[made, 0], done[made, 1], done[made, 2], done[made, 3], done[made, 4] = e, h, c, d, kind
         made += 1
         cost = times_G.max() + copying_us(in_G, out_G, price) / price.life
         if cost < cheapest:

@@ -121,6 +121,14 @@ def _score(loads_GFT, makespan_T, weights_T, x, y, slope, terms_G):  # type: ign
     return total
 
 
+@njit(inline="always")
+def _add(loads_FT, more_FT, sign):  # type: ignore[no-untyped-def]
+    """`+=` of arrays would have numba compile what is said of shapes that do not fit."""
+    for f in range(loads_FT.shape[0]):
+        for t in range(loads_FT.shape[1]):
+            loads_FT[f, t] += sign * more_FT[f, t]
+
+
 @njit(cache=True)
 def _search(loads_ESRFT, ranks_SR, size_S, slots_G, weights_T, x, y, slope, terms_G):  # type: ignore[no-untyped-def]
     """Odometer over the set of ranks of each expert."""
@@ -132,7 +140,7 @@ def _search(loads_ESRFT, ranks_SR, size_S, slots_G, weights_T, x, y, slope, term
         s = choice_E[e]
         if s >= 0:  # taken back
             for i in range(size_S[s]):
-                loads_GFT[ranks_SR[s, i]] -= loads_ESRFT[e, s, i]
+                _add(loads_GFT[ranks_SR[s, i]], loads_ESRFT[e, s, i], -1)
                 free_G[ranks_SR[s, i]] += 1
         s += 1
         while s < len(size_S):
@@ -148,12 +156,13 @@ def _search(loads_ESRFT, ranks_SR, size_S, slots_G, weights_T, x, y, slope, term
             continue
         choice_E[e] = s
         for i in range(size_S[s]):
-            loads_GFT[ranks_SR[s, i]] += loads_ESRFT[e, s, i]
+            _add(loads_GFT[ranks_SR[s, i]], loads_ESRFT[e, s, i], 1)
             free_G[ranks_SR[s, i]] -= 1
         if e + 1 < experts:
             e += 1
             continue
         placements += 1
         best = min(best, _score(loads_GFT, now_T, weights_T, x, y, slope, terms_G))
-        least_T = np.minimum(least_T, now_T)
+        for t in range(steps):
+            least_T[t] = min(least_T[t], now_T[t])
     return best, least_T, placements

@@ -185,6 +185,14 @@ def sum_from(tree: CopiesTree, depth: int, loads: Array, free: Array, spare: int
         suffix[t] = suffix[t + 1] + tree.weights[t] * z[t]
 
 
+@njit(nogil=True, inline="always")
+def add(loads: Array, shares: Array) -> None:
+    """`loads += shares`, [F, T] each, without the text about shapes that do not fit; see `put`."""
+    for f in range(loads.shape[0]):
+        for t in range(loads.shape[1]):
+            loads[f, t] += shares[f, t]
+
+
 @njit(nogil=True, fastmath=FAST)
 def best_order(tree: CopiesTree, trail: Array, limit: float, held_E: Array) -> float:
     """Worth of a complete placement in its best order of equal ranks, its sets into held_E; infinite from `limit`."""
@@ -200,7 +208,7 @@ def best_order(tree: CopiesTree, trail: Array, limit: float, held_E: Array) -> f
                     sets[e] |= 1 << order[g]
             for g in range(ranks):
                 if sets[e] >> g & 1:
-                    loads[g] += tree.shares[e, size * (size - 1) // 2 + copy]
+                    add(loads[g], tree.shares[e, size * (size - 1) // 2 + copy])
                     copy += 1
         for g in range(ranks):
             fill(tree.exact, g, loads[g], nothing, nothing, 0, steps, row)
@@ -258,7 +266,7 @@ def search_copies(tree: CopiesTree, best: float, best_E: Array, stop: Array) -> 
         spare[depth + 1] = spare[depth] - tree.size[chosen] + 1
         for g in range(ranks):
             if tree.held[chosen] >> g & 1:
-                loads[depth + 1, g] += tree.shares[depth, tree.copy[chosen, g]]
+                add(loads[depth + 1, g], tree.shares[depth, tree.copy[chosen, g]])
                 free[depth + 1, g] -= 1
         depth += 1
         sum_from(tree, depth, loads[depth], free[depth], spare[depth], suffix[depth])
