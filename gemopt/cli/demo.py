@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, console, examples, notice, say, show
-from gemopt.documents import check_writable
 from gemopt.exceptions import EXTRAS, InputError, MissingPackageError, install_hint
 
 if TYPE_CHECKING:
@@ -120,6 +119,8 @@ def demo_command(
 
 def write_files(folder: Path) -> list[Path]:
     """A profile, traces and the tables behind them; `InputError` when one of them is there already."""
+    from gemopt.documents import check_writable
+
     first, _, shifting, *_ = cases()
     folder.mkdir(parents=True, exist_ok=True)
     of_network: dict[str, Any] = {"top_k": 4, "num_hidden_layers": 24, "model": "gpt-oss-20b"}

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemopt.documents import check_writable, foreign
 from gemopt.exceptions import InputError
 
 PICTURES = (".pdf", ".png", ".svg", ".jpg", ".jpeg")
@@ -25,6 +24,8 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
     read
         Files that the command reads, none of which it may write.
     """
+    from gemopt.documents import check_writable, foreign
+
     taken = {os.path.realpath(path): option for option, path in read if path is not None}
     for option, path, kind in written:
         if path is None:
