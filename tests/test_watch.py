@@ -15,8 +15,10 @@ import pytest
 from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, traffic, watch
 
 from gemopt import Placement, Traces
+from gemopt.evaluate import rank_times
 from gemopt.online.given import Given
 from gemopt.online.metrics import Metrics
+from gemopt.problem import problems
 
 
 @pytest.fixture
@@ -273,3 +275,35 @@ def test_steps_of_another_network_are_named_once(folder: Path) -> None:
         watched.look()
     named = [line for line in log if "steps of theirs, where the placement is of ours" in line]
     assert len(named) == 1
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one look", "looks"])
+def test_ranks_timed_before_a_change_are_not_taken_for_slow(folder: Path, together: bool) -> None:
+    """Parts that were there when a placement came into force, and the next one, say nothing of it."""
+    watched, log = watch(folder)
+    before, cost = contiguous(), watched.controller.cost
+
+    def recorded(number: int, placement: Placement, slow_G: object = 1.0) -> None:
+        part = traffic(hot=0, seed=number)
+        layers = zip(
+            problems(cost, part, placement.slots_per_rank.tolist()), placement.physical_to_logical, strict=True
+        )
+        grow(folder, number, replace(part, rank_us=sum(rank_times(*each) for each in layers) * slow_G))
+
+    for number in range(3):
+        recorded(number, before)
+    if not together:  # the command took so long that two parts were recorded meanwhile
+        for number in (1, 2):
+            (folder / f"traces/{number:06d}.safetensors").rename(folder / f"{number}")
+        moved = (f"mv {number} traces/{number:06d}.safetensors" for number in (1, 2))
+        watched.actions.command = ("sh", "-c", f"cd {folder}; {'; '.join(moved)}")
+    watched.look()
+    assert watched.controller.placement != before
+    recorded(3, before)
+    watched.actions.command = ()
+    watched.look()
+    assert (watched.controller.speeds.relative_G == 1).all(), log
+    slow = [1.0, 1.0, 1.0, 1.5]
+    recorded(4, watched.controller.placement, slow)
+    watched.look()
+    assert watched.controller.speeds.relative_G == pytest.approx(slow, rel=0.02)

@@ -18,9 +18,13 @@ PATIENCE = 5
 
 @dataclass
 class News:
-    """What a look at the folder brought: steps, and one line for each thing that went wrong."""
+    """What a look at the folder brought: steps, and one line for each thing that went wrong.
+
+    unsure: so many of the steps, the first ones, were perhaps timed before the last call of `Follower.changed`.
+    """
 
     traces: Traces | None = None
+    unsure: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -42,6 +46,7 @@ class Follower:
     ) -> None:
         self.folder, self.read, self.suffixes, self.patience = folder, read, suffixes, patience
         self._next = self._newest = 0  # part; time of change of the newest one read, in ns
+        self._known = 0  # part from which on it is known under which placement ranks were timed
         self._strange: set[str] = set()
         self._folders: list[str] = []
         self._done: dict[str, Stamp] = {}
@@ -51,7 +56,7 @@ class Follower:
     @property
     def position(self) -> dict[str, Any]:
         """What was read so far, for `resume`."""
-        read = {"next": self._next, "newest": self._newest, "done": self._done}
+        read = {"next": self._next, "newest": self._newest, "known": self._known, "done": self._done}
         return {"folder": str(self.folder.resolve()), **read}
 
     @property
@@ -63,7 +68,14 @@ class Follower:
         """Go on behind what was read of this folder; all of it is new where the position is of another one."""
         if position.get("folder") == str(self.folder.resolve()):
             self._next, self._newest = position["next"], position["newest"]
+            self._known = position.get("known", 0)
             self._done = {name: (size, time) for name, (size, time) in position["done"].items()}
+
+    def changed(self) -> None:
+        """Another placement has come into force: parts that are there were timed before it, the next one in part."""
+        with suppress(OSError):
+            parts = [int(path.stem) for path in self._files() if _numbered(path)]
+            self._known = max([self._next - 1, *parts]) + 2
 
     def notice(self) -> None:
         """See an engine's files without reading any: those that do not change until the next look have rested."""
@@ -87,7 +99,7 @@ class Follower:
 
     def _numbered(self, files: Sequence[Path]) -> News:
         stamps = _stamps(files)
-        every = {int(path.stem): path for path in stamps if path.suffix == ".safetensors" and path.stem.isdecimal()}
+        every = {int(path.stem): path for path in stamps if _numbered(path)}
         named = (
             "parts are called 000000.safetensors, 000001.safetensors, ...: left unread; dumps of an engine need --from"
         )
@@ -110,6 +122,7 @@ class Follower:
                 continue
             try:
                 found.append(Traces.load(parts[self._next], allow_idle=True))
+                news.unsure += found[-1].num_steps * (self._next < self._known)
             except Exception as error:  # whatever a damaged file leads to
                 news.faults.append(told(error))
                 if not self._give_up():
@@ -133,7 +146,7 @@ class Follower:
             again.append(0)
         if not again:
             return
-        self._next = min(again)
+        self._next, self._known = min(again), 0
         first = stamps[every[self._next]][1]
         news.faults.append(f"{every[self._next]}: another file than before: another recording has begun")
         if self._next == 0:
@@ -196,6 +209,10 @@ class Follower:
 def told(error: Exception) -> str:
     """A line: what gemopt refuses in its words, anything else with its name."""
     return " ".join((str(error) if isinstance(error, GemoptError) else f"{type(error).__name__}: {error}").split())
+
+
+def _numbered(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.stem.isdecimal()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import socket
 import threading
 import time
@@ -19,6 +20,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from gemopt.exceptions import InputError, install_hint
 
+DECISIONS = ("moved", "kept", "failed", "refused")
+FAULTS = ("file", "window", "action", "state", "metrics")
 Start = Callable[[str, list[tuple[str, str]]], object]
 
 
@@ -35,7 +38,10 @@ class Metrics:
         self.registry = prometheus.CollectorRegistry()
 
         def gauge(name: str, text: str, labels: Sequence[str] = ()) -> Any:
-            return prometheus.Gauge(f"gemopt_{name}", text, labels, registry=self.registry)
+            made = prometheus.Gauge(f"gemopt_{name}", text, labels, registry=self.registry)
+            if not labels:
+                made.set(math.nan)  # 0 would be a reading
+            return made
 
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Any:
             return prometheus.Counter(f"gemopt_{name}", text, labels, registry=self.registry)
@@ -55,6 +61,9 @@ class Metrics:
         self.decisions = counter("decisions", "Decisions by what they did", ["kind"])
         self.steps = counter("steps", "Steps seen")
         self.faults = counter("faults", "What went wrong, by kind", ["kind"])
+        for counts, kinds in ((self.decisions, DECISIONS), (self.faults, FAULTS)):
+            for kind in kinds:
+                counts.labels(kind=kind)
         self.last = gauge("last_step_timestamp_seconds", "When the last steps came in, Unix time")
 
     def ranks(self, gauge: Any, values_G: Iterable[float]) -> None:
@@ -74,7 +83,7 @@ class Health:
 
     def __init__(self, stale_after_s: float) -> None:
         self.stale_after_s = stale_after_s
-        self._looked = time.monotonic()
+        self._looked = math.inf  # not yet: kernels may have to be compiled before
         self._said: dict[str, object] = {"reason": "no steps yet"}
 
     def looked(self, **said: object) -> None:
@@ -84,7 +93,7 @@ class Health:
 
     def answer(self) -> tuple[str, bytes]:
         """Status line and JSON."""
-        age = time.monotonic() - self._looked
+        age = max(0.0, time.monotonic() - self._looked)
         well = age <= self.stale_after_s
         body = {"status": "ok" if well else "stale", "seconds_since_look": round(age, 3), **self._said}
         return "200 OK" if well else "503 Service Unavailable", json.dumps(body).encode()

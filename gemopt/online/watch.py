@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -82,13 +81,13 @@ class Actions:
             found = Placement.load(self.path)
         except InputError:
             return None
-        return None if _serving(found) == _serving(self.holds) else found
+        return None if serve_alike(found, self.holds) else found
 
 
-def _serving(placement: Placement) -> list[Any]:
-    """What serving depends on."""
-    fields = (placement.physical_to_logical, placement.slots_per_rank, placement.split, placement.split_weights)
-    return [each.tolist() if isinstance(each, np.ndarray) else each for each in fields]
+def serve_alike(one: Placement, other: Placement) -> bool:
+    """Whether two placements are the same in all that serving depends on."""
+    fields = ("physical_to_logical", "slots_per_rank", "split", "split_weights")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
 
 
 def _failure(write: Write, placement: Placement) -> str:
@@ -155,12 +154,13 @@ class Watch:
             if history:
                 self.log(f"{self.follower.folder}: no {'new steps' if self.follower.begun else 'steps yet'}")
             return None
+        timed = self.controller.placement
         with self._guard("file"):
             self._adopt()
         self._name(news.traces.model)
         with self._guard("window"):
             check_agreement(self.controller.placement, news.traces, self.controller.placement.num_ranks)
-            decision = self._steps(news.traces, history=history)
+            decision = self._steps(news.traces, news.unsure, timed, history=history)
         if self._left:
             self.log(f"told to end: {counted(self._left, 'new step')} left for the next start")
         elif self.state is not None:
@@ -187,9 +187,11 @@ class Watch:
         except InputError as error:
             raise error.about(f"{said}: {error.field}") from None
         self.actions.holds, self._before = theirs, None
+        self.follower.changed()
         self._fault("file", f"{said}: the watch goes on from it")
 
-    def _steps(self, traces: Traces, *, history: bool) -> Decision | None:
+    def _steps(self, traces: Traces, unsure: int, timed: Placement, *, history: bool) -> Decision | None:
+        """timed: what was in force when the ranks were timed at these steps, but for the first `unsure` ones."""
         decision, past = None, max(0, traces.num_steps - self.window) if history else 0
         for start in range(0, past, self.window):  # a window at a time: the last one is whole, and history may be long
             if self.actions.stop.is_set():
@@ -205,6 +207,9 @@ class Watch:
                 self._left = traces.num_steps - start
                 break
             with self._guard("window"):
+                known = self.controller
+                blind = (unsure if known.placement == timed else traces.num_steps) - start
+                known.blind_until = max(known.blind_until, known.steps + min(self.window, blind))
                 decision = self._window(traces.steps(slice(start, start + self.window)))
         return decision
 
@@ -227,6 +232,7 @@ class Watch:
                 self._fault("action", reason)
             else:
                 self._before = in_force
+                self.follower.changed()
         if decision.refused:
             self._fault("window", decision.reason)
         else:
