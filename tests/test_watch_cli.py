@@ -190,3 +190,19 @@ def test_a_restart_learns_nothing_twice(folder: Path, run: Callable[..., tuple[i
     grow(folder, 3, traffic(hot=1))
     code, output = run("--state", str(state))
     assert code == 0 and "moved: " in output, output
+
+
+def test_a_restart_goes_on_from_what_was_put_into_a_file_of_its_own(
+    folder: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    grow(folder, 0, traffic(hot=0))
+    new, words = folder / "new.json", ("-o", str(folder / "new.json"), "--state", str(folder / "state"))
+    run(*words)
+    first = Placement.load(new)
+    assert Placement.load(folder / "placement.json") == contiguous() != first
+    grow(folder, 1, traffic(hot=0, seed=1))
+    code, output = run(*words)
+    assert code == 0 and f"goes on from {new}" in output and "kept: " in output, output
+    assert Placement.load(new) == first
+    code, output = run("-o", str(new))
+    assert code == 0 and f"warning: {new}: holds another placement" in output, output

@@ -113,3 +113,20 @@ def test_the_dashboard_shows_every_metric() -> None:
     for family in Metrics().registry.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
         assert name in text, f"{name} is not on the dashboard"
+
+
+def test_what_was_not_measured_yet_is_no_zero() -> None:
+    """A gap of 0 would be a proof; counters are there from the start, or the first event would be no increase."""
+    page = Metrics().page().decode()
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    gauges = (
+        "certified_gap_ratio",
+        "imbalance_ratio",
+        "makespan_us",
+        "drift_ratio",
+        "predicted_gain_us",
+        "realised_gain_us",
+    )
+    assert all(values[f"gemopt_{name}"] == "NaN" for name in gauges)
+    assert values["gemopt_promises_kept_ratio"] == "1.0"
+    assert values['gemopt_faults_total{kind="action"}'] == values['gemopt_decisions_total{kind="failed"}'] == "0.0"

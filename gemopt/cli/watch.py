@@ -25,6 +25,7 @@ from gemopt.exceptions import InputError
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
     from gemopt.online.policy import Policy
+    from gemopt.online.watch import Actions
     from gemopt.placement import Placement
     from gemopt.traces import Traces
 
@@ -64,6 +65,7 @@ def watch(
     from gemopt.online.metrics import Health, Metrics, serve
     from gemopt.online.sole import sole
     from gemopt.online.watch import Actions, Watch
+    from gemopt.solving.first_use import ONCE, told_of
 
     if folder.exists() and not folder.is_dir():
         raise InputError("folder", str(folder), "a folder of numbered traces or of an engine's dumps, no file")
@@ -87,17 +89,15 @@ def watch(
         for _, path, _ in written:
             if path is not None:
                 held.enter_context(sole(path))
-        read_once = Given(path for path in (profile, rules, policy) if path is not None)
+        read_once = Given(path for path in (profile, rules, policy, None if same else placement) if path is not None)
         controller = _controller(profile, placement, rules, senders, policy)
         read, suffixes = (None, ()) if source is None else _reader(source, ep, controller.placement)
         follower = Follower(folder, read, suffixes=suffixes, patience=1 if once else PATIENCE)
+        in_force = controller.placement
+        actions = Actions(target, _writes(target, exports, in_force), _words(on_change), command_timeout, in_force)
         if state is not None and state.exists():
-            in_force = controller.placement
             follower.resume(controller.load(state))
-            controller.confirm(in_force)
-        writes = _writes(target, exports, controller.placement)
-        holds = controller.placement if same else None
-        actions = Actions(target, writes, _words(on_change), command_timeout, holds)
+        controller.confirm(in_force if same else _last(actions, controller.placement))
         metrics = None if port is None else Metrics()
         health = Health(stale_after_s=max(60.0, 10 * interval))
         if metrics is not None and port is not None:
@@ -105,6 +105,8 @@ def watch(
             held.callback(server.server_close)
             held.callback(server.shutdown)
             _log(f"serving http://{host}:{server.server_port}/metrics and /healthz")
+        with told_of(_log, ONCE):
+            controller.warm()
         watched = Watch(controller, follower, actions, _log, metrics, health, state, window, read_once)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -162,6 +164,21 @@ def _policy(path: Path) -> Policy:
         return Policy(**content)
     except InputError as error:
         raise error.about(f"{path}: {error.field.partition('.')[2]}") from None
+
+
+def _last(actions: Actions, learnt: Placement) -> Placement:
+    """What is in force where placements go to a file of their own: what a watch has put there, as its state says."""
+    from gemopt.online.watch import serve_alike
+
+    in_force, theirs, actions.holds = actions.holds, actions.replaced(), None
+    assert in_force is not None
+    if theirs is None:
+        return in_force
+    if serve_alike(theirs, learnt):
+        _log(f"goes on from {actions.path}, where it has put the placement in force")
+        return theirs
+    _log(f"warning: {actions.path}: holds another placement, which is taken to be out of force and will be replaced")
+    return in_force
 
 
 def _exports(target: Path, to: Sequence[str]) -> list[tuple[str, Path]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -40,7 +41,8 @@ from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.words import say
 
-NOTICE = "compiling kernels used here for the first time: a minute or two, once (not counted in the time limit)"
+ONCE = "compiling kernels used here for the first time: a minute or two, once"
+NOTICE = f"{ONCE} (not counted in the time limit)"
 LOOK_S = 0.1
 OWN = ("gem", "branch", "columns", "auto")  # have kernels that the other solvers do not use
 _known: set[tuple[object, ...]] = set()
@@ -67,32 +69,39 @@ def ready(
     kind = _kind(solver, problem, budget, contents), _asked(problem), _sent(links, compute_slack)
     if kind in _known:
         return 0.0
-    notice, begin, over = notice or say, time.monotonic(), threading.Event()
-    before = _compiled()
-
-    def watch() -> None:
-        while not over.wait(LOOK_S):
-            if _compiled() > before:
-                notice(NOTICE)
-                return
-
-    watcher = threading.Thread(target=watch, name="gemopt-first-use", daemon=True)
-    watcher.start()
-    try:
+    begin = time.monotonic()
+    with told_of(notice):
         tiny = problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:])
         _use(solver, tiny if tiny.rules is None else _easy(problem), budget, contents)
         if links is not None:
             _use_links(solver, problem, links, compute_slack)
         if budget:
             _use_budget(problem)
+    _known.add(kind)
+    return time.monotonic() - begin
+
+
+@contextmanager
+def told_of(notice: Callable[[str], None] | None = None, text: str = NOTICE) -> Iterator[None]:
+    """Say `text` when compiling begins within, and afterwards how long it took; None: to `say`."""
+    notice, begin, over = notice or say, time.monotonic(), threading.Event()
+    before = _compiled()
+
+    def watch() -> None:
+        while not over.wait(LOOK_S):
+            if _compiled() > before:
+                notice(text)
+                return
+
+    watcher = threading.Thread(target=watch, name="gemopt-first-use", daemon=True)
+    watcher.start()
+    try:
+        yield
     finally:
         over.set()
         watcher.join()
-    _known.add(kind)
-    elapsed = time.monotonic() - begin
     if _compiled() > before:
-        notice(f"compiled in {elapsed:.0f} s")
-    return elapsed
+        notice(f"compiled in {time.monotonic() - begin:.0f} s")
 
 
 def unlike(problems: Sequence[Problem]) -> list[Problem]:
