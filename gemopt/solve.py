@@ -206,6 +206,8 @@ def solve(
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
                 slots_per_rank = slots_within(held_G, slots_per_rank, traces.num_layers, traces.num_experts)
+                if (held_G >= np.multiply(slots_per_rank, traces.num_layers)).all():
+                    held_G = None  # whatever is in these slots
             told = memory_budget is not None or moving is not None
             doubts = size_doubts(
                 expert_bytes or profile.model.expert_bytes if told else None, bandwidth, max_bytes_per_rank

@@ -182,3 +182,13 @@ def test_a_budget_counts_whole_experts() -> None:
     assert experts_within(39.0, 10, 2).tolist() == [3, 3]
     assert most_slots(np.array([12, 12]), 2, 8).tolist() == [8, 8]
     assert most_slots(np.array([9, 9]), 2, 8).tolist() == [6, 6]
+
+
+def test_memory_for_every_slot_is_no_budget() -> None:
+    """What is asked for by bytes and by slots is then the same, and proved as much."""
+    profile, given = measured(1.0, 1.2), traces(layers=2, experts=3)
+    options = {"solver": "branch", "threads": 1, "time_limit": 60.0}
+    found = gemopt.solve(profile, given, memory_budget=60.0, expert_bytes=10, **options)
+    plain = gemopt.solve(profile, given, slots_per_rank=3, **options)
+    assert found.status is plain.status is Status.OPTIMAL
+    assert found.placement == plain.placement
