@@ -120,11 +120,13 @@ def conflicts(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
     hidden = {"visible": False, "range": [-1.35, 1.35]}
     shown = figure(*_graph(layers[worst], inputs.placement, worst), height=560, xaxis=hidden,
                    yaxis=hidden, margin={"l": 8, "r": 8, "t": 28, "b": 8})  # fmt: skip
+    most = layers[worst].num_pairs
+    drawn_pairs = f"The {EDGES} strongest of a layer are" if most > EDGES else "All are"
     text = (
         "Lines join experts that are loaded in the same steps beyond chance: on one rank they make a straggler. "
-        f"The {EDGES} strongest are drawn; hot experts without one stand around, other ordinary ones are left out. "
+        f"{drawn_pairs} drawn; hot experts without one stand around, other ordinary ones are left out. "
         f"Size is the share of the load. Without a layer chosen this is {names[worst]}, "
-        f"which has the most such pairs ({layers[worst].num_pairs})."
+        f"which has the most such pairs ({most})."
     )
     return Section("conflicts", "Conflict graph", text, shown, choices, "layer")
 

@@ -117,7 +117,7 @@ def _empty_heat_maps(inputs: Inputs, edges: IntArray, low: float, high: float) -
         traces += [
             go.Heatmap(x=middle, y=every, zmin=low, zmax=min(high, 100.0), colorscale=SCALE,
                        hovertemplate=told + "<extra></extra>", xaxis="x", yaxis=axis, showscale=axis == "y2",
-                       colorbar={"title": {"text": "% busy", "side": "right"}, "len": 0.7, "y": 0.35, "thickness": 12}),
+                       colorbar={"title": {"text": "% busy", "side": "top"}, "len": 0.7, "y": 0.35, "thickness": 12}),
             go.Scatter(x=middle, mode="markers", marker={"size": 4, "color": "#000000",
                        "line": {"color": "#ffffff", "width": 1}}, showlegend=False, xaxis="x", yaxis=axis,
                        hovertemplate=name + ", step %{x:.0f}: rank %{y} is the straggler in %{customdata} %"

@@ -231,6 +231,15 @@ def test_sglang_fills_dense_layers(make_placement, tmp_path):
     assert facts.notes == ["layers 0, 2, 4 hold the experts in order: if they have none, give --layer-ids"]
 
 
+def test_notes_name_the_layers_that_there_are(make_placement, tmp_path):
+    placement = make_placement(layers=3, experts=8, ranks=2, slots=4, layer_ids=[1, 2, 4], num_hidden_layers=5)
+    found = export(placement, to="deepseek-eplb", path=tmp_path / "map.npz")
+    assert found.notes == ("Rows are MoE layers 1-2, 4 in order, none for dense layers.",)
+    placement = make_placement(layers=2, experts=8, ranks=2, slots=4, layer_ids=[1, 2], num_hidden_layers=3)
+    found = export(placement, to="sglang", path=tmp_path / "map.json")
+    assert "Layer 0 is not in the placement: right if it has no experts." in found.notes
+
+
 def test_ascend_layers_are_those_of_the_file_or_the_ones_given(make_placement, tmp_path):
     path = tmp_path / "map.json"
     export(make_placement(layers=2, experts=8, ranks=2), to="vllm-ascend", path=path)

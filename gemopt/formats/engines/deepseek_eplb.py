@@ -17,6 +17,7 @@ from gemopt.documents import replacing
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, copy_slots, make_placement, moe_rows
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays, torch_module
+from gemopt.formats.findings import ranges
 from gemopt.placement import Placement, Split
 from gemopt.traces.files import meant
 
@@ -50,9 +51,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
             from safetensors.numpy import save
 
             stream.write(save(arrays))
-    notes = (
-        f"Rows are MoE layers {placement.layer_ids[0]} to {placement.layer_ids[-1]} in order, none for dense layers.",
-    )
+    notes = (f"Rows are MoE layers {ranges(placement.layer_ids)} in order, none for dense layers.",)
     return Export(files=(str(path),), command="", notes=notes)
 
 
