@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import GemoptError, InputError
 from gemopt.traces import Traces, concatenate, hidden_path
+from gemopt.words import counted
 
 Read = Callable[[Sequence[Path]], Traces]
 Stamp = tuple[int, int]  # size and time of the last change
@@ -199,8 +201,11 @@ class Follower:
         try:
             joined = concatenate(found)
         except InputError as error:  # another network: what comes last is what is served now
-            news.faults.append(f"{self.folder}: {error}")
-            return found[-1]
+            same = len(list(takewhile(lambda part: _alike(part, found[-1]), reversed(found))))
+            joined = concatenate(found[-same:])
+            left = sum(part.num_steps for part in found[:-same])
+            news.unsure = max(0, news.unsure - left)
+            news.faults.append(f"{self.folder}: {error}: the first {counted(left, 'step')} left out")
         if joined.rank_us is None and any(part.rank_us is not None for part in found):
             news.faults.append(f"{self.folder}: parts differ in their ranks' times: left out")
         return joined
@@ -209,6 +214,15 @@ class Follower:
 def told(error: Exception) -> str:
     """A line: what gemopt refuses in its words, anything else with its name."""
     return " ".join((str(error) if isinstance(error, GemoptError) else f"{type(error).__name__}: {error}").split())
+
+
+def _alike(one: Traces, other: Traces) -> bool:
+    """Whether parts can be joined."""
+    try:
+        concatenate([one, other])
+    except InputError:
+        return False
+    return True
 
 
 def _numbered(path: Path) -> bool:
