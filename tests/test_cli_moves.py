@@ -99,6 +99,7 @@ def test_the_front_is_printed_and_drawn(
     assert steps == sorted(steps, reverse=True) and points[0]["holdout_us"] is None
     code, out, _ = gemopt(capsys, *words, "--plot", tmp_path / "front.png")
     assert code == 0 and "best swaps" in out and (tmp_path / "front.png").stat().st_size > 5000
+    assert "GB" in out and "GB" not in gemopt(capsys, *words[:-2])[1], "no size, no column of sizes"
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,12 @@ def _said(row: Comparison) -> str:
 def front_table(points: Sequence[FrontPoint]) -> Table:
     """Latency per step against moves; changes against the placement in force."""
     held = any(point.holdout_us is not None for point in points)
-    heads = ("moves", "GB", "step us", "change %", *(("held out us", "held out %") if held else ()))
+    sized = ("GB",) if any(point.bytes is not None for point in points) else ()
+    heads = ("moves", *sized, "step us", "change %", *(("held out us", "held out %") if held else ()))
     table = new_table(*heads, "found by", left=("found by",))
     for point in points:
         size = "" if point.bytes is None else f"{point.bytes / 1e9:.2f}"
-        cells = [str(point.moves), size, f"{point.step_us:.1f}", _percent(point.change)]
+        cells = [str(point.moves), *([size] if sized else []), f"{point.step_us:.1f}", _percent(point.change)]
         if held:
             cells += ["" if point.holdout_us is None else f"{point.holdout_us:.1f}", _percent(point.holdout_change)]
         table.add_row(*cells, point.source)
