@@ -202,16 +202,12 @@ def solve(
 
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost_of(cost, profile), None)
             _check_ranks(profile, cost, allow_one_rank=allow_one_rank)
-            held_G = None
+            size, held_G = expert_bytes or profile.model.expert_bytes, None
             if memory_budget is not None:
-                held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
-                slots_per_rank = slots_within(held_G, slots_per_rank, traces.num_layers, traces.num_experts)
-                if (held_G >= np.multiply(slots_per_rank, traces.num_layers)).all():
-                    held_G = None  # whatever is in these slots
+                held_G = experts_within(memory_budget, size, profile.num_ranks)
+                held_G, slots_per_rank = slots_within(held_G, slots_per_rank, traces.num_layers, traces.num_experts)
             told = memory_budget is not None or moving is not None
-            doubts = size_doubts(
-                expert_bytes or profile.model.expert_bytes if told else None, bandwidth, max_bytes_per_rank
-            )
+            doubts = size_doubts(size if told else None, bandwidth, max_bytes_per_rank)
 
             policy, senders = _policy(split, senders, moving)
             free = problems(

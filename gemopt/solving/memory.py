@@ -59,8 +59,9 @@ def experts_within(budget_bytes: float | Sequence[float], expert_bytes: int | No
 
 def slots_within(
     held_G: IntArray, slots_per_rank: int | Sequence[int] | None, num_layers: int, num_experts: int
-) -> list[int]:
-    """Slots of each rank: those asked for, or the most that one layer may use.
+) -> tuple[IntArray | None, list[int]]:
+    """What ranks hold, None where there is room for all slots, and slots of each rank: those asked for, or the most that
+    one layer may use.
 
     Raises
     ------
@@ -75,8 +76,7 @@ def slots_within(
     if room < num_layers * num_experts:
         limit = f"{num_layers} layers of {num_experts} experts need room for {num_layers * num_experts}"
         raise InputError("memory_budget", f"room for {room} experts", limit, "more memory per device, or more devices")
-    found: list[int] = slots_G.tolist()
-    return found
+    return None if (held_G >= slots_G * num_layers).all() else held_G, slots_G.tolist()
 
 
 def most_slots(held_G: IntArray, num_layers: int, num_experts: int) -> IntArray:
