@@ -1,13 +1,18 @@
 """Moves between placements: as few as possible, complete, and from the cheapest holders."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import random_row
+from timed import timed
 
 from gemopt.migration import Link, count_moves, held, keep_in_place, moves, relabel
 from gemopt.placement import EMPTY, Placement
+from gemopt.solve import solve
+from gemopt.traces import Traces
 
 
 @st.composite
@@ -107,3 +112,24 @@ def test_nothing_moves_when_only_the_order_differs(seed):
     slots = np.array([4, 4, 4])
     assert count_moves(before, wanted, slots) == 0
     assert moves(before, wanted[keep_in_place(before, wanted, slots)], slots) == []
+
+
+def test_sizes_that_are_hardly_in_bytes_are_said() -> None:
+    measured = timed(range(2), lambda n, g: 20 + n * (1 + 0.3 * g), (0, 8, 64))
+    traces = Traces(counts=np.random.default_rng(0).integers(0, 9, (4, 2, 5)))
+    current = Placement(physical_to_logical=[[0, 1, 2, 3, 4]] * 2, slots_per_rank=[3, 2], num_experts=5)
+
+    def moved(**asked: Any) -> list[str]:
+        found = solve(measured, traces, current=current, solver="local-search", patience=0, **asked)
+        return [note for note in found.notes if " bytes" in note]
+
+    assert moved(expert_bytes=9) == ["an expert of 9 bytes: is that in bytes, and of one layer?"]
+    assert moved(expert_bytes=10**7, bandwidth=0.05) == [
+        "experts copied at 0.05 GB/s, 5e+07 bytes per second: is the unit right?"
+    ]
+    assert moved(expert_bytes=10**7, max_bytes_per_rank=2) == [
+        "a rank may receive 2 bytes, and an expert has 1e+07: nothing moves"
+    ]
+    assert moved(expert_bytes=10**7, bandwidth=50, max_bytes_per_rank=10**8) == []
+    within = solve(measured, traces, solver="local-search", patience=0, memory_budget=80.0, expert_bytes=9)
+    assert any("an expert of 9 bytes" in each for each in within.notes)

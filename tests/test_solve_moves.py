@@ -324,25 +324,6 @@ def test_what_cannot_be_asked_is_refused(asked: dict[str, object], field: str) -
     assert error.value.field == field
 
 
-def test_sizes_that_are_hardly_in_bytes_are_said() -> None:
-    measured, traces, current = inputs(0)
-
-    def moved(**asked: Any) -> list[str]:
-        found = solve(measured, traces, current=current, solver="local-search", patience=0, **asked)
-        return [note for note in found.notes if " bytes" in note]
-
-    assert moved(expert_bytes=9) == ["an expert of 9 bytes: is that in bytes, and of one layer?"]
-    assert moved(expert_bytes=10**7, bandwidth=0.05) == [
-        "experts copied at 0.05 GB/s, 5e+07 bytes per second: is the unit right?"
-    ]
-    assert moved(expert_bytes=10**7, max_bytes_per_rank=2) == [
-        "a rank may receive 2 bytes, and an expert has 1e+07: nothing moves"
-    ]
-    assert moved(expert_bytes=10**7, bandwidth=50, max_bytes_per_rank=10**8) == []
-    within = solve(measured, traces, solver="local-search", patience=0, memory_budget=80.0, expert_bytes=9)
-    assert any("an expert of 9 bytes" in each for each in within.notes)
-
-
 def test_solvers_that_heed_no_moves_are_refused() -> None:
     measured, traces, current = inputs(0)
     with pytest.raises(UnsupportedError, match="local-search"):

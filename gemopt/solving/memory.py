@@ -60,8 +60,7 @@ def experts_within(budget_bytes: float | Sequence[float], expert_bytes: int | No
 def slots_within(
     held_G: IntArray, slots_per_rank: int | Sequence[int] | None, num_layers: int, num_experts: int
 ) -> tuple[IntArray | None, list[int]]:
-    """What ranks hold, None where there is room for all slots, and slots of each rank: those asked for, or the most that
-    one layer may use.
+    """What ranks hold, or None where that is all slots; and slots of each rank: as asked for, or the most of one layer.
 
     Raises
     ------
