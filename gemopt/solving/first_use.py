@@ -22,7 +22,6 @@ from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
-from gemopt.solvers.budget import walk_front
 from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.exact.stepwise import StepwiseSearch
@@ -34,7 +33,7 @@ from gemopt.solvers.search.spreading import Looks
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
 from gemopt.solving.turns import least_s
-from gemopt.solving.walks import add_copies
+from gemopt.solving.walks import add_copies, walk_fronts
 from gemopt.splits import plain
 from gemopt.topology.named import named
 from gemopt.traces import Tokens, Traces
@@ -192,9 +191,9 @@ def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:
                         _use_shares(replace(two_ranks, slots_per_rank=np.full(2, each)))
                     get(name).solve(replace(two_ranks, slots_per_rank=np.full(2, each)), options, None)
     if tiny.moves is not None:
-        front = walk_front(tiny, 2)
-        if tiny.spare_slots and front.points:
-            add_copies([tiny], [front], None, options, 1)
+        fronts = walk_fronts([tiny], [None], [2], options, 1, promised=True)[0]
+        if tiny.spare_slots and fronts[0].points:
+            add_copies([tiny], fronts, None, options, 1)
 
 
 def _use_shares(few: Problem) -> None:

@@ -96,7 +96,8 @@ def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None],
     options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
     given = [None if begin is None else (begin, None) for begin in begins]
     with hurried.better_by(options.deadline):
-        fronts = walk_fronts(problems, given, [_most(problem) for problem in problems], options, run.threads)[0]
+        most_L = [_most(problem) for problem in problems]
+        fronts = walk_fronts(problems, given, most_L, options, run.threads, promised=True)[0]
     if problems[0].spare_slots and all(front.points for front in fronts):
         add_copies(problems, fronts, budget, options, run.threads)
     return fronts
