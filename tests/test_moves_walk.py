@@ -21,7 +21,7 @@ from gemopt.solvers.search.sharing_walk import SharingWalk
 
 SLOTS = [2, 2, 2]
 Asked = dict[str, object]
-ASKED: list[Asked] = [{"most": 2}, {"most": 3, "most_into_G": [1, 2, 1]}, {"price_us": 9.0}]
+ASKED: list[Asked] = [{"most": 0}, {"most": 2}, {"most": 3, "most_into_G": [1, 2, 1]}, {"price_us": 9.0}]
 
 
 def layer(split: Split, seed: int, asked: Asked) -> Problem:

@@ -229,12 +229,12 @@ class _Search(Best):
 
     def iterate(self) -> StoppedBy:
         """Kick and settle in batches until the deadline, the patience, the gap or an interrupt."""
-        problem, options = self.problem, self.options
-        patience = NEVER if options.patience is None else options.patience
         if (ended := self.ended(descended=not self.starts)) is not None:
             return ended
-        if self.moves.none:  # there are no more than the copies at home
-            return StoppedBy.ITERATIONS
+        if self.moves.none and self.options.patience is None:  # there are no more than the copies at home
+            self.options = replace(self.options, patience=BATCH_KICKS)
+        problem, options = self.problem, self.options
+        patience = NEVER if options.patience is None else options.patience
         assert self.draws is not None
         terms, state = make_terms(problem, self.moves), None
         best, idle, batch = np.inf, 0, 1
