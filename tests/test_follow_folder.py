@@ -167,6 +167,21 @@ def test_a_recording_that_begins_anew_is_read_from_its_beginning(tmp_path: Path)
     assert counts(follower) == [8]
 
 
+def test_parts_left_over_tell_nothing_of_when_a_placement_came(tmp_path: Path) -> None:
+    """Else the times of ranks would not be trusted until the new recording has come as far as the one before."""
+    follower = Follower(tmp_path)
+    for number in range(6):
+        part(tmp_path, number)
+    follower.look()
+    part(tmp_path, 0, 1)
+    assert counts(follower) == [1]
+    follower.changed()
+    part(tmp_path, 1, 3)
+    part(tmp_path, 2, 4)
+    news = follower.look()
+    assert news.traces is not None and (news.traces.num_steps, news.unsure) == (7, 3)
+
+
 def test_a_recording_that_begins_under_a_clock_set_back_is_read(tmp_path: Path) -> None:
     follower = Follower(tmp_path)
     for number in range(4):

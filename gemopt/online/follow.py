@@ -74,9 +74,10 @@ class Follower:
             self._done = {name: (size, time) for name, (size, time) in position["done"].items()}
 
     def changed(self) -> None:
-        """Another placement has come into force: parts that are there were timed before it, the next one in part."""
+        """Another placement has come into force: new parts that are there were timed before it, the next in part."""
         with suppress(OSError):
-            parts = [int(path.stem) for path in self._files() if _numbered(path)]
+            stamps = _stamps(path for path in self._files() if _numbered(path))
+            parts = [int(path.stem) for path, stamp in stamps.items() if self._done.get(path.name) != stamp]
             self._known = max([self._next - 1, *parts]) + 2
 
     def notice(self) -> None:
@@ -233,7 +234,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _stamps(files: Sequence[Path]) -> dict[Path, Stamp]:
+def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
     """Of the files that have not gone since the folder was listed."""
     stamps = {}
     for path in files:
