@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from cli_inputs import gemopt, write_inputs
+from timed import timed
 
 from gemopt.topology import Topology
 from gemopt.topology.doubts import doubts
@@ -40,6 +41,14 @@ TWO = {"node_of_rank": [0, 0, 1, 1], "within_node": {"bandwidth_gbs": 450.0}, "b
 def test_bandwidths_and_latencies_in_other_units(level: str, change: dict[str, Any], said: str) -> None:
     found = doubts(Topology(**(TWO | {level: change})))
     assert (found == []) if not said else (len(found) == 1 and found[0].startswith(level) and said in found[0])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "number"), [("NVIDIA H200", 1), ("unknown", 1), ("NVIDIA B200", 0), ("NVIDIA GB300", 0)]
+)
+def test_what_gpus_send_in_each_direction_is_not_doubted(gpu: str, number: int) -> None:
+    devices = [each.model_copy(update={"name": gpu}) for each in timed(range(4), lambda n, g: 20 + n).devices]
+    assert len(doubts(Topology(**(TWO | {"within_node": {"bandwidth_gbs": 900.0}})), devices)) == number
 
 
 def test_links_of_pairs() -> None:
@@ -84,7 +93,9 @@ def test_pairs_that_were_measured_one_at_a_time(nodes: int, inside: float, acros
     ],
 )
 def test_hosts_that_the_nodes_tear_apart(hosts: list[str | None], said: str) -> None:
-    found = doubts(Topology(**TWO), hosts)
+    measured = timed(range(len(hosts)), lambda n, g: 20 + n).devices
+    devices = [each.model_copy(update={"node": host}) for each, host in zip(measured, hosts, strict=True)]
+    found = doubts(Topology(**TWO), devices)
     assert (found == []) if not said else (len(found) == 1 and found[0].startswith(said))
 
 

@@ -86,8 +86,7 @@ def doubt(topology: str | None, profile: Profile) -> None:
     from gemopt.topology import load
     from gemopt.topology.doubts import doubts
 
-    hosts = [device.node for device in profile.devices]
-    for each in [] if topology is None else doubts(load(topology), hosts):
+    for each in [] if topology is None else doubts(load(topology), profile.devices):
         notice(f"note: {each}")
 
 

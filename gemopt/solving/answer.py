@@ -131,8 +131,7 @@ def _wires(run: Run, profile: Profile) -> list[str]:
     """What is hardly right about links, and about latencies that are added to theirs."""
     if run.coupling is None:
         return []
-    hosts = [device.node for device in profile.devices]
-    return [*doubts(run.coupling.links.topology, hosts), *([said] if (said := unit_doubt(profile)) else [])]
+    return [*doubts(run.coupling.links.topology, profile.devices), *([said] if (said := unit_doubt(profile)) else [])]
 
 
 def _spread(run: Run) -> float:

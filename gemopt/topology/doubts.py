@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gemopt.profile import Device
 from gemopt.topology import LEVELS, Level, Topology
 
 NIC_GBS = 100.0  # of an 800 Gb/s NIC, the fastest there is for a GPU
 INSIDE_GBS = 1800.0  # of NVLink 6 in each direction; NVLink 4 has 450, NVLink 5 900
 BOTH_WAYS = {600.0: "A100", 900.0: "H100", 1800.0: "B200"}  # of NVLink on data sheets: twice that of a direction
+ONE_WAY = {900.0: re.compile(r"B[123]00\b")}  # of those, what GPUs named so send in each direction
 LEAST_GBS, LEAST_INSIDE_GBS = 0.1, 1.0
 SHORT_US, LONG_US = 0.5, 1e3  # latencies of an exchange beyond are hardly in microseconds
 
 
-def doubts(topology: Topology, hosts: Sequence[str | None] = ()) -> list[str]:
+def doubts(topology: Topology, devices: Sequence[Device] = ()) -> list[str]:
     """One sentence each on bandwidths that may be Gb/s, TB/s or MB, and latencies that may be milliseconds.
 
-    hosts: [G] of ranks as they were measured; where they are several, on ranks of one that are on two nodes here.
+    devices: [G] as they were measured; where their hosts are several, on ranks of one that are on two nodes here.
     """
+    hosts, names = [each.node for each in devices], " ".join(each.name for each in devices)
     levels = [(name, level) for name in LEVELS if (level := getattr(topology, name)) is not None]
-    found = [each for name, level in levels for each in _of_level(topology, name, level)]
+    found = [each for name, level in levels for each in _of_level(topology, name, level, names)]
     return [*found, *_of_pairs(topology), *_swapped(topology), *_torn(topology, hosts)]
 
 
-def _of_level(topology: Topology, name: str, level: Level) -> Iterator[str]:
+def _of_level(topology: Topology, name: str, level: Level, gpus: str) -> Iterator[str]:
     groups = {"rank": np.arange(topology.num_ranks), "node": topology.node_of_rank, "rack": topology.rack_of_rank}
     sharers = int(np.bincount(groups[level.port_of]).max())
     most = sharers * (INSIDE_GBS if name == LEVELS[0] else NIC_GBS)
     if level.bandwidth_gbs is not None and level.bandwidth_gbs > most:
         yield _fast(f"{name}.bandwidth_gbs", level.bandwidth_gbs, most, inside=name == LEVELS[0])
     gbs = level.bandwidth_gbs or 0.0
-    if name == LEVELS[0] and level.port_of == "rank" and (gpu := BOTH_WAYS.get(gbs)):
+    known = gbs in ONE_WAY and ONE_WAY[gbs].search(gpus)
+    if name == LEVELS[0] and level.port_of == "rank" and (gpu := BOTH_WAYS.get(gbs)) and not known:
         yield f"{name}.bandwidth_gbs is {gbs:g} GB/s, on {gpu} that of both directions together: {gbs / 2:g} in each"
     yield from _slow(name, 1e-3 / level.curve.slope, float(level.curve(0.0)), inside=name == LEVELS[0])
 
