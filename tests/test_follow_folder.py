@@ -85,12 +85,13 @@ def test_a_folder_that_vanishes(tmp_path: Path) -> None:
 
 def test_another_network_in_the_same_folder(tmp_path: Path) -> None:
     follower = Follower(tmp_path)
+    follower.changed()  # part 0 is being recorded
     part(tmp_path, 0)
     for number in (1, 2):
         Traces(counts=np.full((1, 2, 8), 9)).save(tmp_path / f"{number:06d}.safetensors")
     news = follower.look()
     assert news.traces is not None
-    assert news.traces.counts.shape == (2, 2, 8)
+    assert news.traces.counts.shape == (2, 2, 8) and news.unsure == 0
     assert "one network" in news.faults[0] and "the first 2 steps left out" in news.faults[0]
 
 
