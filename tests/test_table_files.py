@@ -215,3 +215,33 @@ def test_objects_within_objects_of_rows(tmp_path: Path) -> None:
     kernels = [{"assignments": 8, "metrics": {"kernels": [{"us": 3}], "latency_us": 58}}]
     with pytest.raises(InputError, match=r"JSON with metrics.kernels in it"):
         read_table(written(tmp_path, json.dumps(kernels)))
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"status": "failed"}, "result.gpu.status: got failed; rows of runs that went well"),
+        ({"is_estimated": True}, "result.gpu.is_estimated: got True; times that were measured"),
+        ({"source": "roofline"}, "result.gpu.source: got roofline; times that were measured"),
+        ({"unit": "ms"}, "result.gpu.unit: got ms; the unit that result.gpu.median_us is read in"),
+        ({"statistic": "max"}, "result.gpu.statistic: got max; the median or mean of repeats"),
+        ({"error": "none", "status": "ok"}, ""),
+    ],
+)
+def test_what_objects_within_rows_say_of_them_is_heeded(tmp_path: Path, said: dict[str, object], line: str) -> None:
+    rows = [{"assignments": n, "result": {"gpu": {"median_us": 50 + n, **said}}} for n in (8, 16)]
+    path = written(tmp_path, json.dumps(rows))
+    if not line:
+        assert loads(read_table(path)) == [(8, None, 58), (16, None, 66)]
+        return
+    with pytest.raises(InputError, match=line):
+        read_table(path)
+
+
+def test_groups_and_choices_that_objects_within_rows_tell(tmp_path: Path) -> None:
+    told = {"parallel": {"ep_size": 4}, "model": {"top_k": 8}, "sampling": {"top_k": 50}}
+    rows = [{**told, "num_tokens": n, "latency_us": 50 + n} for n in (8, 16)]
+    path = written(tmp_path, json.dumps(rows))
+    assert loads(read_table(path, unit="group-tokens")) == [(16, None, 58), (32, None, 66)]
+    with pytest.raises(InputError, match="with 8 experts per token, does num_tokens count tokens"):
+        read_table(path)

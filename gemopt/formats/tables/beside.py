@@ -85,7 +85,7 @@ GROUPS = re.compile(
     r"(?:num_?|n_?)(?:gpu|device|npu|xpu|card|rank|node|proc|processe)s?|(?:gpu|device|npu|xpu|card|rank|node)s?_(?:count|num)"
     rf"|(?:gpu|device|npu|card|node)s|gpus_per_node|world(?:_size)?|(?:num_|n_)?(?:dp|data_parallel(?:ism)?){WAYS}"
 )
-SPREAD = re.compile(r"(?:^|[^a-z])(?:ep|dp)[ =:_-]?(?:[2-9]|[1-9]\d)", re.IGNORECASE)  # TP1-EP8
+SPREAD = re.compile(r"(?:^|[^a-z])(?:ep|dp)[ =:_-]?(?:[2-9]|[1-9]\d)(?![a-z])", re.IGNORECASE)  # TP1-EP8, not dp4a
 SEVERAL = re.compile(r"^(?:[2-9]|\d\d) ?[x\u00d7] ?[a-z]|[a-z]\d+ ?[x\u00d7] ?(?:[2-9]|\d\d)$", re.IGNORECASE)  # 8xH100
 """Cells that name several ranks, and several devices."""
 EXCHANGED = {
@@ -106,11 +106,22 @@ SETTINGS = SHAPES | OF_A_DEVICE | STATISTICS | RESULTS | MOMENTS | {
 
 UNUSUAL = {"per", "ratio", "imbalance", "unit", "units", "fraction", "share", "outlier", "override"}
 """Words that say more than these."""
+GROUPING = TIMES | METRICS | {
+    "timing", "timings", "result", "results", "stats", "metrics", "perf", "performance", "benchmark", "bench", "run",
+    "gpu", "model", "moe", "parallel", "parallelism", "config", "params", "args", "settings", "shape", "problem",
+    "workload",
+}  # fmt: skip
+
+
+def own(name: str) -> str:
+    """`timing.gpu.status` as status, where the objects around it only group what rows say; else as `plain`."""
+    *objects, last = name.split(".")
+    return plain(last if all(words(each) <= GROUPING for each in objects) else name)
 
 
 def is_unit(name: str) -> bool:
     """Whether a column says the unit of the times: `unit`, `latency_units`, `unit_of_time`."""
-    return plain(name) in UNITS or bool(words(name) & {"unit", "units"} and words(name) & TIMES)
+    return own(name) in UNITS or bool(words(name) & {"unit", "units"} and words(name) & TIMES)
 
 
 def refuse_other_units(table: Table, time: str, scale: float) -> None:
@@ -119,7 +130,7 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
     time, scale: the column with the times, and microseconds per unit as they are read.
     """
     for name in table.header:
-        metric = plain(name) in METRICS
+        metric = own(name) in METRICS
         if name == time or not (metric or is_unit(name)):
             continue
         for row in table.rows:
@@ -151,13 +162,13 @@ def refuse_no_measurements(
 
 def _refuse_failed(table: Table, read_over: Collection[str], way_out: str) -> None:
     for name in (each for each in table.header if each not in read_over):
-        if plain(name) == "pass" and set(filter(str.isdigit, values(table.rows, name))) - {"0", "1"}:
+        if own(name) == "pass" and set(filter(str.isdigit, values(table.rows, name))) - {"0", "1"}:
             continue  # passes that are numbered
         found = values(table.rows, name)
-        failed = next((value for value in found if _failed(plain(name), value)), None)
+        failed = next((value for value in found if _failed(own(name), value)), None)
         if failed is not None:
             row = next(row for row in table.rows if row.cells[name] == failed)
-            well = next((value for value in found if not _failed(plain(name), value)), None)
+            well = next((value for value in found if not _failed(own(name), value)), None)
             choice = "leave such rows out" if well is None else f"--where '{name}={well}'"
             hint = f"{choice}; if {name} says something else: {way_out.format(name)}"
             raise InputError(f"{table.path} {row.where}, {name}", row.cells[name], "rows of runs that went well", hint)
@@ -179,11 +190,13 @@ def _failed(column: str, cell: str) -> bool:
 def _refuse_computed(table: Table, read_over: Collection[str], way_out: str) -> None:
     for name in (each for each in table.header if each not in read_over):
         found = values(table.rows, name)
-        if plain(name) in ORIGINS:
+        if own(name) in ORIGINS:
             computed = [each for each in found if words(each) & UNMEASURED and len(words(each)) <= FEW_WORDS]
         else:
             computed = [
-                each for each in found if words(name) & COMPUTED and words(name) <= OF_TIMES and each.lower() in YES
+                each
+                for each in found
+                if words(own(name)) & COMPUTED and words(own(name)) <= OF_TIMES and each.lower() in YES
             ]
         if computed:
             others = [value for value in found if value not in computed]
@@ -192,9 +205,9 @@ def _refuse_computed(table: Table, read_over: Collection[str], way_out: str) -> 
 
 
 def _refuse_extremes(table: Table, read_over: Collection[str], way_out: str) -> None:
-    for name in (each for each in table.header if plain(each) in SUMMARIES and each not in read_over):
+    for name in (each for each in table.header if own(each) in SUMMARIES and each not in read_over):
         found = values(table.rows, name)
-        quantiles = plain(name) not in METRICS and is_numeric(table.rows, name)
+        quantiles = own(name) not in METRICS and is_numeric(table.rows, name)
         middle = [value for value in found if value in MIDDLES or words(value) & MIDDLE or not value]
         extremes = [value for value in found if value not in middle and (quantiles or words(value) & STATISTICS)]
         if extremes:
@@ -237,10 +250,10 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
     for name in (each for each in table.header if each not in read_over):
         found, several = values(table.rows, name), plain(name) in DEVICES or words(name) & OF_A_DEVICE
         many = found[0].isdigit() and int(found[0]) > 1
-        if many and not whole and SHARDED.fullmatch(plain(name)):
+        if many and not whole and SHARDED.fullmatch(own(name)):
             notes.append(f"{name} is {found[0]}: {sharded}")
         if not of_group and (
-            (many and (GROUPS.fullmatch(plain(name)) or plain(name) in ranks))
+            (many and (GROUPS.fullmatch(own(name)) or plain(name) in ranks))
             or (len(found) == 1 and (SEVERAL if several else SPREAD).search(found[0]))
         ):
             notes.append(f"{name} is {found[0]}: {grouped}")
@@ -271,7 +284,7 @@ def unread(table: Table, used: Collection[str], said: Sequence[str]) -> list[str
         usual = (words(name) & SETTINGS and not words(name) & UNUSUAL) or (
             told[0] == "1" and words(name) & {"num", "n"}
         )
-        usual = usual or (words(name) & STATES and is_numeric(table.rows, name)) or _heeded(plain(name), told[0])
+        usual = usual or (words(name) & STATES and is_numeric(table.rows, name)) or _heeded(own(name), told[0])
         if len(told) == 1 and told[0].lower() not in NO and not usual and unit_of(name) is None:
             found.append(f"{name} {told[0]}")
     return [f"columns that say the same in all rows are left unread: {listed(found, 2 * SHOWN)}"] if found else []

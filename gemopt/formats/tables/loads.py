@@ -6,7 +6,7 @@ import re
 from statistics import median
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.beside import NO, WAYS
+from gemopt.formats.tables.beside import NO, WAYS, own
 from gemopt.formats.tables.columns import known, listed, named, plain, values, words
 from gemopt.formats.tables.files import NO_LOADS, Table, whole
 from gemopt.formats.tables.kinds import Layout, Unit
@@ -47,7 +47,7 @@ PROFILED = {
 
 def matching(table: Table, names: re.Pattern[str]) -> list[str]:
     """The columns whose name, however it is written, is one of these."""
-    return [name for name in table.header if names.fullmatch(plain(name))]
+    return [name for name in table.header if names.fullmatch(own(name))]
 
 
 def load_column(table: Table, layout: Layout | None, unit: Unit | None, asked: str | None) -> str:
