@@ -57,6 +57,8 @@ def test_devices_may_have_memories_of_their_own(tmp_path: Path) -> None:
     [
         ("20.5 ± 0.3", "1024.5 ± 11"),
         ("20.5 +/- 0.3 us", "1024.5 +/- 11 us"),
+        ("2.05e+01 +- 3e-01", "1.0245e+03 +- 1.1e+01"),
+        ("20.5 us ± 1.2 %", "1024.5 us ± 1%"),
         ("20.5 µs ± 300 ns per loop (mean ± std. dev. of 7 runs; 100 loops each)", "1.0245 ms ± 2 µs per loop"),
     ],
 )
@@ -70,6 +72,8 @@ def test_a_spread_behind_some_times_or_of_loads_is_no_number(tmp_path: Path) -> 
     for rows in ("8,20.5 ± 0.3\n16,24.5\n", "8 ± 3,20.5\n16 ± 4,24.5\n"):
         with pytest.raises(InputError, match="a number from 0 to"):
             read_table(written(tmp_path, f"assignments,latency_us\n{rows}"))
+    with pytest.raises(InputError, match="got 8 ± 3; a number from 0 to"):
+        read_table(written(tmp_path, "rows,latency_us\n8 ± 3,20.5\n16 ± 4,24.5\n"), load="rows", unit="assignments")
 
 
 def test_titles_above_a_table_as_spreadsheets_save_it(tmp_path: Path) -> None:

@@ -7,7 +7,17 @@ import re
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables import files
-from gemopt.formats.tables.columns import TIME_UNITS, plain, unit_of, values, words
+from gemopt.formats.tables.columns import (
+    RESULTS,
+    STATES,
+    STATISTICS,
+    TIME_UNITS,
+    TIMES,
+    plain,
+    unit_of,
+    values,
+    words,
+)
 from gemopt.formats.tables.files import Row, Table
 from gemopt.formats.tables.loads import LOAD_COLUMNS
 
@@ -20,10 +30,12 @@ NOTATIONS = {  # by the sign before decimals
     for point, group in ((".", ","), (",", "."))
 }
 WITH_UNIT = re.compile(r"(.*\d) ?([a-zA-Z\u00b5\u03bc][a-zA-Z\u00b5\u03bc/ ]*)")
-SPREAD = re.compile(  # 20.5 ± 0.3 us; 20.5 us ± 300 ns per loop (mean ± std. dev. of 7 runs, 100 loops each)
-    r"([^\u00b1]*?\d)( ?[a-z\u00b5\u03bc]+)? ?(?:\u00b1|\+/-) ?[\d.,]+( ?[a-z\u00b5\u03bc]+)?(?: per loop\b.*)?",
+SPREAD = re.compile(  # 20.5 ± 0.3 us; 20.5 ± 1.2 %; 20.5 us ± 300 ns per loop (mean ± std. dev. of 7 runs)
+    r"([^\u00b1]*?\d)( ?[a-z\u00b5\u03bc]+)? ?(?:\u00b1|\+/?-) ?[\d.,]+(?:e[-+]?\d+)?"
+    r"(?: ?%|( ?[a-z\u00b5\u03bc]+))?(?: per loop\b.*)?",
     re.IGNORECASE,
 )
+MEASURED = TIMES | STATES | RESULTS | STATISTICS
 LIST = re.compile(r"\[[^\[\],]+(?:,[^\[\],]+)*\]")
 SEVERAL = {"times", "latencies", "durations", "timings", "samples", "measurements", "repeats", "runs"}
 REPEATED = SEVERAL | {*TIME_UNITS} | {"all", "raw", "latency", "time", "moe", "fused", "forward", "fwd"}
@@ -95,8 +107,8 @@ def _repeated(table: Table) -> Table:
 
 
 def _central(table: Table) -> Table:
-    """The table without the spread behind each number, where all cells of a column have one: `20.5 ± 0.3 us`."""
-    names = [name for name in table.header if plain(name) not in LOAD_COLUMNS]
+    """The table without the spread behind each result, where all cells of a column have one: `20.5 ± 0.3 us`."""
+    names = [name for name in table.header if unit_of(name) or words(name) & MEASURED]
     spread = [name for name in names if all(SPREAD.fullmatch(row.cells[name]) for row in table.rows)]
     rows = [Row(row.where, row.cells | {n: _middle(row.cells[n]) for n in spread}) for row in table.rows]
     return Table(table.path, table.header, rows) if spread else table
