@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-
-import numpy as np
+from statistics import median
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.columns import (
@@ -133,10 +132,10 @@ def samples_of(points: Sequence[tuple[float, int | None, float]]) -> list[Sample
     found = []
     for (load, active), by_load in sorted(merged.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
         latencies = by_load[min(by_load, key=lambda each: abs(each - load))]
-        median = float(np.median(latencies))
-        spread = float(np.median(np.abs(np.array(latencies) - median))) if len(latencies) > 1 else None
+        middle = median(latencies)
+        spread = median([abs(each - middle) for each in latencies]) if len(latencies) > 1 else None
         found.append(
-            Sample(assignments=load, active_experts=active, latency_us=median, spread_us=spread, repeats=len(latencies))
+            Sample(assignments=load, active_experts=active, latency_us=middle, spread_us=spread, repeats=len(latencies))
         )
     return found
 

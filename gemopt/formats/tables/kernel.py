@@ -6,9 +6,9 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
+from statistics import median
 from typing import Any
-
-import numpy as np
 
 from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, check_number
@@ -252,7 +252,7 @@ class _Reader:
             where, text = f"{self.table.path} {row.where}, {self.latency}", row.cells[self.latency]
             raise InputError(where, text, "above 0: work takes time", "a failed run? leave the row out")
         active = None if self.active is None else whole(self.table, row, self.active, largest=LARGEST_LOAD)
-        if active is not None and active > np.ceil(load):
+        if active is not None and active > ceil(load):
             raise InputError(
                 f"{self.table.path} {row.where}, {self.active}",
                 active,
@@ -269,10 +269,10 @@ class _Reader:
         for row in table.rows:
             rows[self.key(row)].append(row)
         for alike in [] if self.scattered else rows.values():
-            times = np.array([float(row.cells[self.latency]) for row in alike])
-            median = float(np.median(times))
-            if float(np.median(np.abs(times - median))) > MANYFOLD * median:
-                first, last = alike[int(times.argmin())], alike[int(times.argmax())]
+            times = [float(row.cells[self.latency]) for row in alike]
+            middle = median(times)
+            if median([abs(each - middle) for each in times]) > MANYFOLD * middle:
+                first, last = (alike[times.index(pick(times))] for pick in (min, max))
                 raise InputError(
                     f"{table.path} {first.where} and {last.where}, {self.latency}",
                     f"{first.cells[self.latency]} and {last.cells[self.latency]} for one load",
