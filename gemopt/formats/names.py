@@ -123,7 +123,9 @@ def phase_of(where: str, name: str, cell: Any, first: Any) -> Phase | None:
     if (told := FLAGS.get(name.casefold())) is not None:
         text, before = (told[TRUTH[each]] if each in TRUTH else each for each in (text, before))
     if (text in PHASES) != (before in PHASES) or (text not in PHASES and text != before):
-        limit = f"one of {', '.join(PHASES if told is None else TRUTH)}" if before in PHASES else f"{first}"
+        limit = (
+            f"one of {', '.join(PHASES if told is None else TRUTH)}" if before in PHASES else str(first) or "nothing"
+        )
         raise InputError(f"{where}: {name}", str(cell)[:100], limit)
     return PHASES.get(text)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from routed_counts import routed
@@ -138,6 +140,13 @@ def test_what_training_logged_beside_the_counts_of_each_step(load, tmp_path):
     traces, notes = load(exported(tmp_path, rows), "csv")
     assert (traces.counts == counts).all()
     assert "left unread: _runtime, _timestamp, epoch, train_global_step" in notes
+    told = [{key: cell for key, cell in row.items() if cell != ""} for row in rows]
+    for each in (told, [{key: row.get(key) for key in rows[0]} for row in told]):  # as scan_history() gives them
+        (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row, default=int) for row in each))
+        assert (load(tmp_path / "t.jsonl", "csv")[0].counts == counts).all()
+    twice = [{**row, "val/layer_0/expert_0": 5} for row in rows]
+    with pytest.raises(InputError, match="columns: got moe_layer_4_expert_15, val_layer_0_expert_0; one kind"):
+        load(exported(tmp_path, twice), "csv")
     rows[1].popitem()
     rows[1]["lacking"] = ""
     with pytest.raises(InputError, match=r"count: got nothing; a whole number"):
@@ -165,6 +174,7 @@ def test_a_line_for_each_step_and_tag(load, tmp_path, tag):
     [
         ("moe/layer_{}/expert_{}_frac", "is frac no word for it"),
         ("rank0/layer_{}/expert_{}", "of one rank"),
+        ("moe/layer_{}/top1/expert_{}", "is top1 no word for it"),
         ("layer_{}/physical_expert_{}", "counts of logical experts"),
     ],
 )
@@ -173,5 +183,22 @@ def test_tags_of_something_else_than_counts_are_refused(load, tmp_path, tag, sai
     with pytest.raises(InputError, match=said):
         load(exported(tmp_path, rows), "csv")
     both = [{**row, "tag": row["tag"].replace("_frac", "") + more} for row in rows for more in ("", "_dropped")]
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="_dropped; one kind; leave out the others"):
         load(exported(tmp_path, both), "csv")
+
+
+def test_tags_that_a_step_lacks_are_no_zeros(load, tmp_path):
+    """TensorBoard keeps a sample of the steps, of each tag its own."""
+    rows = [{"step": t, "tag": f"moe/layer_0/expert_{e}", "value": 5 + e} for t in range(2) for e in range(4)]
+    loss = {"step": 2, "tag": "loss", "value": 2.5}
+    assert load(exported(tmp_path, [*rows, loss]), "csv")[0].num_steps == 2
+    del rows[6]
+    with pytest.raises(InputError, match="step 1: got no moe/layer_0/expert_2; a line for each tag at each step"):
+        load(exported(tmp_path, [*rows, loss]), "csv")
+
+
+def test_a_layer_without_counts_in_a_step_is_not_left_out(load, tmp_path):
+    rows = [{"step": t, "layer": i, "expert_0": 5, "expert_1": 7} for t in range(2) for i in range(2)]
+    rows[3] |= {"expert_0": "", "expert_1": ""}
+    with pytest.raises(InputError, match="line 5: count: got nothing"):
+        load(exported(tmp_path, rows), "csv")

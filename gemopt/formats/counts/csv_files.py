@@ -280,7 +280,7 @@ def _add(
             raise InputError(
                 f"{where}: {header[i]}",
                 text,
-                f"{first}, as in the lines before: gemopt does not know the column",
+                f"{first or 'nothing'}, as in the lines before: gemopt does not know the column",
                 "import apart what it tells apart, call it step if it numbers the steps, or remove it if the counts do "
                 "not depend on it",
             )

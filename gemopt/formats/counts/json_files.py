@@ -336,7 +336,4 @@ def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     header = list(dict.fromkeys(key for row in rows for key in row))
     yield 0, header
     for number, row in enumerate(rows, 1):
-        lacking: Sequence[str] = [key for key in header if row.get(key) is None]
-        if lacking:
-            raise InputError(f"{path}: row {number}", f"no {lacking[0]}", f"{', '.join(header)[:200]} in every row")
-        yield number, [str(row[key]) for key in header]
+        yield number, ["" if row.get(key) is None else str(row[key]) for key in header]

@@ -19,13 +19,13 @@ from gemopt.formats.names import (
     COLUMNS,
     COUNTED,
     COUNTING,
-    DERIVED,
     DRAFTS,
     HEEDED,
     MEASURED,
     SCORES,
     TABLES,
     numbered,
+    refuse_derived,
     sure,
     words_of,
 )  # fmt: skip
@@ -73,14 +73,29 @@ def by_tag(path: Path, header: list[str], lines: Lines, results: set[str]) -> tu
     rows, at = _whole_rows(path, header, lines), tags[0]
     cells = {row[at]: re.sub(r"\W+", "_", row[at].strip().casefold()) for _, row in rows}
     named = {cell: found for cell, tag in cells.items() if (found := _OF_LAYERS.fullmatch(tag))}
-    if len({found.group(1, 3, 5) for found in named.values()}) != 1:
+    if not named:
         return header, iter(rows)
-    _refuse_others(path, next(iter(named.values()))[0])
+    _refuse_kinds(f"{path}: {header[at]}", named)
+    _refuse_lacking(path, header, rows, at, named)
     results |= {header[at]} if len(named) < len(cells) else set()
     kept = [i for i in range(len(header)) if i not in (at, values[0])]
     told = ((number, row, named[row[at]]) for number, row in rows if row[at] in named)
     longer = ((number, [*(row[i] for i in kept), found[2], found[4], row[values[0]]]) for number, row, found in told)
     return [*(header[i] for i in kept), "layer", "expert", "count"], longer
+
+
+def _refuse_lacking(path: Path, header: list[str], rows: Rows, at: int, tags: Collection[str]) -> None:
+    """Raise where a step has lines of some tags alone: loggers write each of them, and keep a sample of each."""
+    steps: dict[str, set[str]] = {}
+    step = next((i for i, name in enumerate(header) if name in COLUMNS["step"]), at)
+    for _, row in rows if step != at else ():
+        if row[at] in tags:
+            steps.setdefault(row[step], set()).add(row[at])
+    for told, found in steps.items():
+        if len(found) < len(tags):
+            lacking, where = next(tag for tag in tags if tag not in found), f"{path}: {header[step]} {told}"
+            hint = "export all steps of each, not a sample; write zeros"
+            raise InputError(where, f"no {lacking}", "a line for each tag at each step", hint)
 
 
 def _whole_rows(path: Path, header: list[str], lines: Lines) -> Rows:
@@ -115,9 +130,9 @@ def by_expert(
             return _of_lists(path, header, lines, lists[0], results)
     if not experts and not set(header) & set(names["layer"]):
         both = {i: found for i, name in enumerate(header) if (found := _OF_LAYERS.fullmatch(name))}
-        if len({found.group(1, 3, 5) for found in both.values()}) == 1:
+        if both:
             experts, lacking = {i: [found[2], found[4]] for i, found in both.items()}, ["layer", "expert"]
-            _refuse_others(path, header[next(iter(both))])
+            _refuse_kinds(f"{path}: columns", {found[0]: found for found in both.values()})
     told = {meaning for meaning, known in names.items() if set(header) & set(known)}
     if "expert" in told and "count" not in told:
         lacking, experts = _pivoted(header, told)
@@ -128,7 +143,8 @@ def by_expert(
     cells = set(map(tuple, experts.values()))
     if len(experts) < 2 or len(cells) < len(experts) or told & {*lacking}:
         return header, lines
-    rows = [(number, row) for number, row in _whole_rows(path, header, lines) if any(row[at] for at in experts)]
+    rows = _whole_rows(path, header, lines)
+    rows = rows if "layer" in told else [each for each in rows if any(each[1][at] for at in experts)]  # loggers' others
     kept = _telling(path, header, rows, [[row[at] for at in experts] for _, row in rows], results, experts)
     longer = (
         (number, [*(row[i] for i in kept), *which, row[at]]) for number, row in rows for at, which in experts.items()
@@ -209,7 +225,7 @@ def _is_told(name: str) -> bool:
 
 def _of_lists(path: Path, header: list[str], lines: Lines, at: int, results: set[str]) -> tuple[list[str], Lines]:
     """The table with a line for every expert, where a cell holds the counts of all of them."""
-    _refuse_others(path, header[at])
+    _refuse_others(f"{path}: columns", header[at])
     rows = [(number, row) for number, row in lines if any(row)]
     lists = [re.findall(r"[^\s,;\[\]()]+", row[at]) if len(row) == len(header) else [] for _, row in rows]
     experts = next(filter(None, map(len, lists)), 0)
@@ -226,21 +242,28 @@ def _of_lists(path: Path, header: list[str], lines: Lines, at: int, results: set
     return [*(header[i] for i in kept), "expert", "count"], longer
 
 
-def _refuse_others(path: Path, name: str) -> None:
-    """Raise where columns of layers and experts hold something else than assignments of these, by their names."""
+def _refuse_kinds(where: str, named: Mapping[str, re.Match[str]]) -> None:
+    """Raise where names of layers and experts are of several kinds, or say that they hold no assignments of these."""
+    kinds = {found.group(1, 3, 5): name for name, found in named.items()}
+    if len(kinds) > 1:
+        raise InputError(where, ", ".join([*kinds.values()][:4]), "one kind", "leave out the others")
+    _refuse_others(where, next(iter(named.values()))[0])
+
+
+def _refuse_others(where: str, name: str) -> None:
+    """Raise where what is of layers and experts is something else than their assignments, by its name."""
     words = words_of(name)
     if COPIES.search(name) or "shared" in words:
-        raise InputError(f"{path}: columns", name, "counts of logical experts", NOT_COPIES)
+        raise InputError(where, name, "counts of logical experts", NOT_COPIES)
     if found := sorted(words & PARTS):
+        limit = "counts of all ranks and decoder layers"
         hint = (
             "put the experts of all ranks side by side, or add up ranks that saw tokens of their own; leave drafts out"
         )
-        raise InputError(
-            f"{path}: columns", f"{name}, of one {found[0]}", "counts of all ranks and decoder layers", hint
-        )
-    if found := sorted(words & (DERIVED | SCORES | MEASURED)):
-        hint = f"is {found[0]} no word for it? rename it"
-        raise InputError(f"{path}: columns", name, "counts themselves", hint)
+        raise InputError(where, f"{name}, of one {found[0]}", limit, hint)
+    refuse_derived(where, name)
+    if found := sorted(words & (SCORES | MEASURED)):
+        raise InputError(where, name, "counts themselves", f"is {found[0]} no word for it? rename it")
 
 
 def meanings(path: Path, header: list[str]) -> dict[str, int]:
