@@ -295,6 +295,8 @@ def test_outputs_without_the_name_of_the_test_are_told_by_the_file(tmp_path: Pat
     (tmp_path / "alltoallv_perf.txt").write_text(text)
     with pytest.raises(InputError, match="an unnamed test"):
         read_links(str(tmp_path / "alltoallv_perf.txt"))
+    (tmp_path / "h100_all_to_all_v2.txt").write_text(text)
+    assert read_links(str(tmp_path / "h100_all_to_all_v2.txt")).within_node is not None
     (tmp_path / "alltoall_perf.txt").write_text(text)
     level = read_links(str(tmp_path / "alltoall_perf.txt")).within_node
     assert level is not None and level.points is not None and len(level.points) == 3

@@ -231,5 +231,5 @@ def _check_devices(run: Run, source: str) -> None:
 
 def _told_by_name(source: str) -> str:
     """The test that a file is named after, as older outputs do not say it."""
-    name = Path(source).name.replace("_", "").lower()
-    return next((test for test in USED if re.search(f"{test}(?!v)", name)), "")  # alltoallv is another
+    name = Path(source).name.lower()
+    return next((test for test in USED if re.search(f"{'_?'.join(test)}(?!v)", name)), "")  # alltoallv is another
