@@ -178,8 +178,8 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts
 
 def _unlike(shape: MoeShape, told: object, packed: object) -> tuple[str, ...]:
     """What is measured otherwise than a config says; packed: its `quantization_config`."""
-    said = [] if told else [f"config.json tells no dtype: measured in {shape.dtype}"]
-    if isinstance(packed, dict):
+    said = [] if told else [f"config.json tells no dtype: measured in {shape.dtype}; write the weights' into it"]
+    if isinstance(packed, dict) and packed:
         kind = packed.get("quant_algo") or packed.get("quant_method") or "another type"
         measured = f"measured in {shape.dtype}, experts of {shape.expert_bytes} bytes"
         way_out = "a table of the engine's kernel (gemopt profile import) tells what that takes"
