@@ -225,7 +225,9 @@ def test_objects_within_objects_of_rows(tmp_path: Path) -> None:
         ({"source": "roofline"}, "result.gpu.source: got roofline; times that were measured"),
         ({"unit": "ms"}, "result.gpu.unit: got ms; the unit that result.gpu.median_us is read in"),
         ({"statistic": "max"}, "result.gpu.statistic: got max; the median or mean of repeats"),
-        ({"error": "none", "status": "ok"}, ""),
+        ({"phase": "backward"}, "result.gpu.phase: got backward; times of whole MoE layers"),
+        ({"num_layers": 4}, "num_layers"),
+        ({"error": "none", "status": "ok", "phase": "decode"}, ""),
     ],
 )
 def test_what_objects_within_rows_say_of_them_is_heeded(tmp_path: Path, said: dict[str, object], line: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from statistics import median
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.beside import EXCHANGED, MIDDLE, is_unit
+from gemopt.formats.tables.beside import EXCHANGED, MIDDLE, is_unit, own
 from gemopt.formats.tables.columns import (
     LOADS,
     MOMENTS,
@@ -231,7 +231,7 @@ def _refuse_other_times(table: Table, name: str) -> None:
 def _several(column: str, found: set[str]) -> bool:
     """Whether a column counts several layers; `found`: what it says but nothing and 1."""
     counts = "layers" in words(column) and unit_of(column) is None and all(each.isdigit() for each in found)
-    named = plain(column) in LAYERS or counts
+    named = own(column) in LAYERS or counts
     return named and bool(found)
 
 
@@ -245,7 +245,7 @@ def _runs(table: Table, name: str) -> list[str]:
     return [
         f"{each} {seen[-1]}"
         for each, seen in found.items()
-        if (plain(each) in ITERATIONS and set(seen) - {"", "1"})
+        if (own(each) in ITERATIONS and set(seen) - {"", "1"})
         or (each in one and "warmup" not in words(each) and (words(each) & RUNS or (plain(each) == "n" and not sized)))
     ]
 
@@ -256,17 +256,17 @@ def refuse_other_operations(table: Table, varying: Collection[str] = (), read_ov
     varying: columns besides those named after operations that tell rows apart. read_over: those that were said to tell
     nothing, of the ones that name what was timed in all rows alike.
     """
-    for name in (each for each in table.header if plain(each) in PARTS and each not in (*varying, *read_over)):
+    for name in (each for each in table.header if own(each) in PARTS and each not in (*varying, *read_over)):
         found = values(table.rows, name)
-        told = [e for e in found if words(e) & ELSEWHERE or f"{plain(name)}{e}" in ELSEWHERE or is_exchange(e)]
+        told = [e for e in found if words(e) & ELSEWHERE or f"{own(name)}{e}" in ELSEWHERE or is_exchange(e)]
         if told:
             hint = f"gemopt topology reads exchanges; if it is a whole layer: --repeat-column '{name}'"
             hint = f"parts of a layer: --sum-column '{name}' adds them up; {hint}" if len(found) > 1 else hint
             raise InputError(f"{table.path}, {name}", listed(told), "times of whole MoE layers", hint)
-    for name in (each for each in table.header if each in varying or plain(each) in OPERATIONS):
+    for name in (each for each in table.header if each in varying or own(each) in OPERATIONS):
         found = values(table.rows, name)
         other = [
-            each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER or is_exchange(each)
+            each for each in found if words(each) & NO_LAYER or f"{own(name)}{each}" in NO_LAYER or is_exchange(each)
         ]
         if other:
             one = f"; where one is a whole layer: --where {name}=VALUE --repeat-column {name}"
