@@ -143,7 +143,8 @@ def test_what_says_that_loads_may_be_those_of_several_devices_is_named(tmp_path:
     said = f"{more.replace('=', ' is ')}: are loads those of one device? of all: --unit group-tokens"
     notes = tokens_of(tmp_path, more)
     assert notes == [said]
-    assert tokens_of(tmp_path, "model=deepseek-v3-0324,config=step8") == []
+    assert tokens_of(tmp_path, "model=deepseek-v3-0324,config=step8,kernel=dp4a") == []
+    assert tokens_of(tmp_path, "gpu_pcie=Gen5x16,gpu_serial=16XK2,host=dgx-h100x8,hostname=ep-12") == []
 
 
 @pytest.mark.parametrize("name", ["num_tensor_parallel_workers", "tensor_model_parallel_size", "etp_size", "tp_degree"])

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.columns import (
     DEVICES,
+    HOSTS,
     INDEX,
     MOMENTS,
     OF_A_DEVICE,
@@ -88,6 +89,8 @@ GROUPS = re.compile(
 SPREAD = re.compile(r"(?:^|[^a-z])(?:ep|dp)[ =:_-]?(?:[2-9]|[1-9]\d)(?![a-z])", re.IGNORECASE)  # TP1-EP8, not dp4a
 SEVERAL = re.compile(r"^(?:[2-9]|\d\d) ?[x\u00d7] ?[a-z]|[a-z]\d+ ?[x\u00d7] ?(?:[2-9]|\d\d)$", re.IGNORECASE)  # 8xH100
 """Cells that name several ranks, and several devices."""
+PLACES = {*HOSTS, "serial", "uuid", "bus", "pci", "pcie", "link", "rack", "slot", "chassis", "driver"}
+"""Words of columns that say where or which one device is: `gen5x16`, `dgx-h100x8`."""
 EXCHANGED = {
     *("comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"),
     *("allreduce", "allgather", "reducescatter", "reduce"),
@@ -248,13 +251,14 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
     sharded = "times are those of a part of each expert, right where it is served so"
     grouped = "are loads those of one device? of all: --unit group-tokens"
     for name in (each for each in table.header if each not in read_over):
-        found, several = values(table.rows, name), plain(name) in DEVICES or words(name) & OF_A_DEVICE
+        found = values(table.rows, name)
+        spread = (SEVERAL if words(name) & (DEVICES | OF_A_DEVICE) else SPREAD).search(found[0])
         many = found[0].isdigit() and int(found[0]) > 1
         if many and not whole and SHARDED.fullmatch(own(name)):
             notes.append(f"{name} is {found[0]}: {sharded}")
         if not of_group and (
             (many and (GROUPS.fullmatch(own(name)) or plain(name) in ranks))
-            or (len(found) == 1 and (SEVERAL if several else SPREAD).search(found[0]))
+            or (spread and len(found) == 1 and not words(name) & PLACES)
         ):
             notes.append(f"{name} is {found[0]}: {grouped}")
     notes += _exchanged(table, read_over)
