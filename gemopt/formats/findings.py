@@ -183,9 +183,8 @@ def untouched(rows: IntArray, layer_ids: Sequence[int]) -> str:
 def filled(layer_ids: Iterable[int], hidden: int) -> list[str]:
     """The note on decoder layers that a placement has no row for, in a file that has one for each."""
     lacking = set(range(hidden)) - set(layer_ids)
-    if len(lacking) == 1:
-        return [f"Layer {lacking.pop()} is not in the placement: right if it has no experts."]
-    return [f"Layers {ranges(lacking)} are not in the placement: right if they have no experts."] if lacking else []
+    layers, are, they_have = ("Layer", "is", "it has") if len(lacking) == 1 else ("Layers", "are", "they have")
+    return [f"{layers} {ranges(lacking)} {are} not in the placement: right if {they_have} no experts."] * bool(lacking)
 
 
 def without_drafts(counts: IntArray, options: TraceOptions, notes: list[str]) -> IntArray:

@@ -339,19 +339,3 @@ def test_layers_that_a_file_names_are_not_renamed(make_placement, tmp_path):
         with pytest.raises(InputError, match=r"--layer-ids: got 0, 1; layers 3, 4, as .* says; leave it out"):
             import_placement(path, source=name, facts=Facts(num_ranks=2, layer_ids=(0, 1)))
         assert import_placement(path, source=name, facts=Facts(num_ranks=2, layer_ids=(3, 4))).layer_ids == [3, 4]
-
-
-def test_all_tables_of_eplb_are_checked(make_placement, tmp_path):
-    path = tmp_path / "map.npz"
-    export(make_placement(slots=5), to="deepseek-eplb", path=path)
-    side_path(path).unlink()
-    with np.load(path) as arrays:
-        tables = dict(arrays)
-    wide = np.concatenate([tables["log2phy"], np.full_like(tables["log2phy"], -1)], axis=2)
-    np.savez(path, **{**tables, "log2phy": wide, "layers": np.arange(3)})
-    facts = Facts(num_ranks=2, layer_ids=(0, 1, 2))
-    import_placement(path, source="deepseek-eplb", facts=facts)
-    assert facts.notes == ["layers left unread"]
-    np.savez(path, **{**tables, "log2phy": np.roll(wide, 1, axis=1)})
-    with pytest.raises(InputError, match=r"log2phy.*the slots that phy2log has"):
-        import_placement(path, source="deepseek-eplb", facts=facts)

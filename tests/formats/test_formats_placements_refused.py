@@ -328,3 +328,19 @@ def test_loads_of_dense_layers_are_named(tmp_path, make_placement):
     assert (again.physical_to_logical == placement.physical_to_logical).all()
     with pytest.raises(InputError, match="a row for each of the 4 decoder layers"):
         import_placement(path, source="lmdeploy", facts=Facts(num_ranks=2, num_hidden_layers=4))
+
+
+def test_all_tables_of_eplb_are_checked(make_placement, tmp_path):
+    path = tmp_path / "map.npz"
+    export(make_placement(slots=5), to="deepseek-eplb", path=path)
+    side_path(path).unlink()
+    with np.load(path) as arrays:
+        tables = dict(arrays)
+    wide = np.concatenate([tables["log2phy"], np.full_like(tables["log2phy"], -1)], axis=2)
+    np.savez(path, **{**tables, "log2phy": wide, "layers": np.arange(3)})
+    facts = Facts(num_ranks=2, layer_ids=(0, 1, 2))
+    import_placement(path, source="deepseek-eplb", facts=facts)
+    assert facts.notes == ["layers left unread"]
+    np.savez(path, **{**tables, "log2phy": np.roll(wide, 1, axis=1)})
+    with pytest.raises(InputError, match=r"log2phy.*the slots that phy2log has"):
+        import_placement(path, source="deepseek-eplb", facts=facts)
