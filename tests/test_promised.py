@@ -79,3 +79,14 @@ def test_a_budget_is_spent_together_where_only_all_of_it_gains() -> None:
     found = solve(profile, traces, current=current, split="optimal", solver="local-search", patience=0, max_moves=2)
     assert found.moves is not None and sorted(found.moves.per_layer) == [0, 0, 0, 2]
     assert found.moves.gain_us > 0
+
+
+def test_a_rank_without_slots_gets_none() -> None:
+    latencies = [Latency(((line(5.0, slope),),)) for slope in (1.0, 1.2, 0.1)]
+    counts_TE = np.tile([40, 30, 4, 2], (6, 1))
+    problem = Problem.make(counts_TE, (ASSIGNMENTS,), latencies, [3, 3, 0], split=Split.OPTIMAL)
+    rows = list(promised_copies(problem, np.array([EMPTY, 0, 1, 2, 3, EMPTY]), GOING_ON))
+    assert rows
+    for row in rows:
+        assert set(row) - {EMPTY} == {0, 1, 2, 3}
+        assert all(len(set(part[part != EMPTY])) == (part != EMPTY).sum() for part in (row[:3], row[3:]))

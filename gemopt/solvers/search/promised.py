@@ -37,7 +37,9 @@ def promised_copies(problem: Problem, row: Row, stop: NDArray[np.uint8]) -> Iter
     steps = np.unique(np.linspace(0, problem.num_steps - 1, STEPS).round().astype(np.int64))
     looks = Looks(problem.select(steps))
     look, seen = looks.at(row.astype(np.int64)), {row.tobytes()}
-    while not stop[0]:
+    for _ in range(problem.num_slots):
+        if stop[0]:
+            return
         for slot, expert in _promising(problem, look):
             changed = look.row.copy()
             changed[slot] = expert
@@ -55,12 +57,13 @@ def promised_copies(problem: Problem, row: Row, stop: NDArray[np.uint8]) -> Iter
 
 def _promising(problem: Problem, look: Look) -> list[tuple[int, int]]:
     """Slots and their new experts, the best first."""
-    loss_P = _losses(problem, look)
+    loss_P, loss_G = _losses(problem, look), np.full(problem.num_ranks, np.inf)
     slot_G = np.zeros(problem.num_ranks, np.int64)
     for rank in np.unique(problem.rank_of_slot):
         mine = np.flatnonzero(problem.rank_of_slot == rank)
         slot_G[rank] = mine[np.lexsort((look.row[mine] != EMPTY, loss_P[mine]))[0]]
-    net_EG = np.where(_barred(problem, look), 0.0, look.promise.gain_EG - loss_P[slot_G])
+        loss_G[rank] = loss_P[slot_G[rank]]
+    net_EG = np.where(_barred(problem, look), 0.0, look.promise.gain_EG - loss_G)
     best = np.argsort(-net_EG, axis=None, kind="stable")[:LOOKS]
     experts, ranks = np.unravel_index(best[net_EG.flat[best] > 0], net_EG.shape)
     return list(zip(slot_G[ranks].tolist(), experts.tolist(), strict=True))
