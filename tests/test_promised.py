@@ -19,6 +19,8 @@ from gemopt.rules import Rules
 from gemopt.solve import solve
 from gemopt.solvers.base import within_limits
 from gemopt.solvers.search.promised import promised_copies
+from gemopt.splits.flow import fluid_times
+from gemopt.splits.levels import no_levels
 from gemopt.traces import Traces
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
@@ -90,3 +92,10 @@ def test_a_rank_without_slots_gets_none() -> None:
     for row in rows:
         assert set(row) - {EMPTY} == {0, 1, 2, 3}
         assert all(len(set(part[part != EMPTY])) == (part != EMPTY).sum() for part in (row[:3], row[3:]))
+
+
+def test_steps_of_the_same_load_have_the_same_fluid_time() -> None:
+    levels = no_levels(layer(0)[0].curves)
+    alone = [float(fluid_times(levels, np.array([total]))[0]) for total in (40, 40, 70, 40)]
+    assert fluid_times(levels, np.array([40, 40, 70, 40])).tolist() == alone
+    assert alone[0] < alone[2]

@@ -148,7 +148,8 @@ def fluid_times(levels: Levels, total_T: IntArray) -> Array:
     for g in range(len(everyone)):
         idle = max(idle, latency_value(g, loads_F, curves))
     for t in range(len(total_T)):
-        times_T[t] = level(levels, everyone, int(total_T[t]), idle)
+        same = t > 0 and total_T[t] == total_T[t - 1]  # as in all steps of one batch
+        times_T[t] = times_T[t - 1] if same else level(levels, everyone, int(total_T[t]), idle)
     return times_T
 
 
